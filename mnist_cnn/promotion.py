@@ -38,9 +38,7 @@ class Decision(BaseModel, frozen=True):
     snapshot: str
 
 
-def decide(
-    candidate: Evaluation, champion: Evaluation | None, policy: PromotionPolicy
-) -> Decision:
+def decide(candidate: Evaluation, champion: Evaluation | None, policy: PromotionPolicy) -> Decision:
     """Compare two evaluations of the same images under `policy`.
 
     Raises ValueError if the two were measured on different snapshots, because then their difference
