@@ -1,6 +1,5 @@
 """Digits in memory, and the two formats that they are read from."""
 
-import gzip
 import hashlib
 import math
 import struct
@@ -56,6 +55,10 @@ class Digits:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def part(self, start: int, stop: int) -> "Digits":
+        """Return images and labels `start` to `stop` without copying them."""
+        return Digits(self.images[start:stop], self.labels[start:stop])
 
     def digest(self) -> str:
         """Return the sha256 of shapes, images and labels as 64 hexadecimal characters."""

@@ -1,0 +1,29 @@
+# Thin names for the project's commands. `make demo` and `make test` need only Python 3.11, make and git.
+PYTHON ?= python3.11
+BIN := .venv/bin
+STAMP := .venv/installed
+
+.PHONY: demo test up down status check clean
+
+demo: $(STAMP) ## set everything up, retrain once through the real stack, show what happened
+	$(BIN)/python -m deployments.demo
+
+test: $(STAMP) ## everything that the tests need, and the tests
+	$(BIN)/python -m pytest
+
+up down status: $(STAMP) ## the local stack: start, stop, look
+	$(BIN)/python -m deployments.stack $@
+
+check: $(STAMP) ## lint, format, types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean: ## remove the environment and caches; data of the local stack (.stack/) stays
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@

@@ -1,0 +1,131 @@
+"""Start, find and end background processes that belong together.
+
+There are no pid files. A process that is started here carries its owner's folder in its
+environment and hands it on to its children, so the process table itself is the record: it is never
+stale, and it also names what has lost its parent, such as a flow run whose worker was killed
+(Prefect starts each flow run in a session of its own).
+"""
+
+import fcntl
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+GRACE = 15.0  # seconds from SIGTERM to SIGKILL
+
+_OWNER, _NAME = "MNIST_STACK", "MNIST_STACK_SERVICE"
+_launched: list[
+    subprocess.Popen[bytes]
+] = []  # they outlive us; Popen warns when it is dropped before
+
+
+def launch(
+    name: str, command: list[str], *, owner: Path, variables: Mapping[str, str], log: Path
+) -> subprocess.Popen[bytes]:
+    """Start a command in a session of its own, out of reach of the terminal's Ctrl-C."""
+    if log.exists():
+        log.replace(log.with_suffix(".previous.log"))
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            env={**variables, _OWNER: str(owner), _NAME: name},
+            cwd=owner,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    _launched.append(process)
+    return process
+
+
+def find(owner: Path) -> dict[psutil.Process, str]:
+    """Return every live process of an owner, oldest first, each with the name of its launch."""
+    found = {}
+    for process in psutil.process_iter():
+        try:
+            variables = process.environ()
+            if variables.get(_OWNER) == str(owner) and process.status() != psutil.STATUS_ZOMBIE:
+                found[process] = variables[_NAME]
+        except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has ended, or is another user's
+            continue
+    return dict(sorted(found.items(), key=lambda item: item[0].create_time()))
+
+
+def runs(process: psutil.Process, command: list[str]) -> bool:
+    """Tell whether a process runs exactly this command; its children run others."""
+    try:
+        return process.cmdline()[1:] == command[1:]  # an interpreter may put its real path first
+    except psutil.NoSuchProcess:
+        return False
+
+
+def family(process: psutil.Process) -> list[psutil.Process]:
+    """Return a process and its descendants."""
+    try:
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def end(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Terminate processes and wait; kill what remains after the grace period, and return that."""
+    processes = list(processes)
+    _send(processes, signal.SIGTERM)
+    _, stubborn = psutil.wait_procs(processes, timeout=GRACE)
+    _send(stubborn, signal.SIGKILL)
+    psutil.wait_procs(stubborn)
+    return stubborn
+
+
+def port_holder(host: str, port: int) -> str | None:
+    """Say who holds a port; None if it is free."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return _listener(port) or f"another user's program ({error.strerror})"
+    return None
+
+
+def tail(log: Path, lines: int = 20) -> str:
+    """Return the last lines of a log under its address."""
+    end_of_log = log.read_text(errors="replace").splitlines()[-lines:]
+    return "\n".join([f"The end of {log}:", *end_of_log])
+
+
+@contextmanager
+def one_at_a_time(owner: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Let one command at a time change the processes of an owner."""
+    with (owner / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another command on {owner} to finish")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _send(processes: Iterable[psutil.Process], number: signal.Signals) -> None:
+    for process in processes:
+        try:
+            process.send_signal(number)
+        except psutil.NoSuchProcess:
+            continue
+
+
+def _listener(port: int) -> str | None:
+    try:
+        for connection in psutil.net_connections("tcp"):
+            listens = connection.status == psutil.CONN_LISTEN
+            if listens and connection.laddr[1:] == (port,) and connection.pid is not None:
+                return f"{psutil.Process(connection.pid).name()}, pid {connection.pid}"
+    except (psutil.AccessDenied, psutil.NoSuchProcess):  # macOS lets only root see connections
+        return None
+    return None

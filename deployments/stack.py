@@ -1,0 +1,294 @@
+"""Start, stop and show the local stack: Prefect, MLflow, S3 and a worker, on the loopback only."""
+
+import argparse
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import httpx
+import psutil
+import yaml
+
+from deployments import processes
+from deployments.services import (
+    BUCKET,
+    HOST,
+    POOL,
+    PROJECT,
+    Ports,
+    Service,
+    Stack,
+    StackError,
+    environment,
+    inherited_environment,
+    mlflow_server,
+    port_variable,
+    prefect_server,
+    s3_server,
+    worker,
+)
+
+__all__ = ["PROJECT", "Ports", "Stack", "StackError", "environment", "start", "status", "stop"]
+
+PATIENCE = 180.0  # seconds until all must answer: a first start reads a gigabyte of cold files
+
+Say = Callable[[str], None]
+
+
+def start(stack: Stack, *, deploy: Path | None = None, say: Say = print) -> None:
+    """Start what is not running, wait until all of it answers, and deploy a prefect.yaml.
+
+    If anything goes wrong, Ctrl-C included, what this call started is stopped again. Raises
+    StackError.
+    """
+    environment(stack)  # makes the folder and the keys
+    with processes.one_at_a_time(stack.root, say):
+        before = processes.find(stack.root)
+        try:
+            _start(stack, deploy, say)
+        except BaseException:
+            processes.end(processes.find(stack.root).keys() - before.keys())
+            raise
+
+
+def stop(stack: Stack, *, say: Say = print) -> None:
+    """Stop every process of the stack; its data stays.
+
+    Flow runs go first, while they can still report that they crash; a run that is just killed
+    stays Running and keeps its deployment's slot. Then their worker, then the servers.
+    """
+    if not processes.find(stack.root):
+        say("nothing is running")
+        return
+    with processes.one_at_a_time(stack.root, say):
+        _end_all(lambda: _flow_runs(stack), say)
+        _end_all(lambda: _named(stack, "worker"), say)
+        _end_all(lambda: processes.find(stack.root), say)
+
+
+def status(stack: Stack, *, say: Say = print) -> bool:
+    """Say for each service whether it answers; return whether all of them do."""
+    answers = []
+    for service in _services(stack):
+        process = _running(stack, service)
+        answers.append(process is not None and service.is_ready(process.create_time()))
+        word = "ready" if answers[-1] else "does not answer" if process else "not running"
+        pid = process.pid if process else "-"
+        say(f"{service.name:14} {word:15} pid {pid:<8} {service.address:22} log {service.log}")
+    return all(answers)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; return 0, 1 after an error, 3 if something is down, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="python -m deployments.stack", description=__doc__)
+    parser.add_argument("command", choices=["up", "down", "status"])
+    command = parser.parse_args(arguments).command
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _interrupt)
+    try:
+        stack = Stack.configured()
+        if command == "up":
+            start(stack, deploy=PROJECT / "deployments" / "prefect.yaml")
+        elif command == "down":
+            stop(stack)
+        elif not status(stack):
+            return 3
+    except StackError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        left = {"up": "what it had started is stopped", "down": "run it again to finish"}
+        print(f"{command} interrupted: {left.get(command, 'it changes nothing')}", file=sys.stderr)
+        return 130
+    return 0
+
+
+@dataclass
+class _Start:
+    """One attempt to start services: what it has launched, and since when."""
+
+    stack: Stack
+    say: Say
+    begin: float = field(default_factory=time.time)
+    launched: dict[Service, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def launch(self, service: Service) -> None:
+        self.say(f"{service.name} is starting")
+        self.launched[service] = processes.launch(
+            service.name,
+            service.command,
+            owner=self.stack.root,
+            variables=inherited_environment(self.stack) | service.settings,
+            log=service.log,
+        )
+
+    def wait_for(self, *services: Service) -> None:
+        """Return when all answer; raise if a launched process ends, or patience does."""
+        waiting = list(services)
+        while waiting:
+            for service, process in self.launched.items():
+                if process.poll() is not None:
+                    raise StackError(
+                        f"{service.name} ended with exit code {process.returncode} while the "
+                        f"stack was starting. {processes.tail(service.log)}"
+                    )
+            since = {service: self.begin if service in self.launched else 0 for service in waiting}
+            ready = [service for service in waiting if service.is_ready(since[service])]
+            waiting = [service for service in waiting if service not in ready]
+            took = time.time() - self.begin
+            for service in ready:
+                if service in self.launched:
+                    self.say(f"{service.name} ready after {took:.1f} s: {service.address}")
+            if waiting and took > PATIENCE:
+                raise StackError(
+                    f"{waiting[0].name} runs, but did not answer within {PATIENCE:.0f} s. "
+                    f"`make down`, then try again. {processes.tail(waiting[0].log)}"
+                )
+            time.sleep(0.1 if waiting else 0)
+
+
+def _start(stack: Stack, deploy: Path | None, say: Say) -> None:
+    services = _services(stack)
+    _end_leftovers(stack, say)
+    missing = [service for service in services if _running(stack, service) is None]
+    there = [service.name for service in services if service not in missing]
+    if there:
+        say(f"already running: {', '.join(there)}")
+    _check_ports(missing)
+    (stack.root / "s3" / BUCKET).mkdir(parents=True, exist_ok=True)  # a top folder is a bucket
+    (stack.root / "logs").mkdir(exist_ok=True)
+
+    attempt = _Start(stack, say)
+    *servers, prefect, its_worker = services
+    for service in (*servers, prefect):
+        if service in missing:
+            attempt.launch(service)
+    attempt.wait_for(prefect)
+    _prepare_prefect(stack)
+    if its_worker in missing:
+        attempt.launch(its_worker)
+    if deploy is not None:
+        _deploy(stack, deploy, say)  # while the worker starts
+    attempt.wait_for(*servers, its_worker)
+
+
+def _services(stack: Stack) -> list[Service]:
+    return [s3_server(stack), mlflow_server(stack), prefect_server(stack), worker(stack)]
+
+
+def _running(stack: Stack, service: Service) -> psutil.Process | None:
+    found = processes.find(stack.root)
+    return next((p for p in found if processes.runs(p, service.command)), None)
+
+
+def _named(stack: Stack, name: str) -> dict[psutil.Process, str]:
+    return {p: found for p, found in processes.find(stack.root).items() if found == name}
+
+
+def _flow_runs(stack: Stack) -> dict[psutil.Process, str]:
+    command = worker(stack).command
+    return {p: "flow run" for p in _named(stack, "worker") if not processes.runs(p, command)}
+
+
+def _end_all(find: Callable[[], dict[psutil.Process, str]], say: Say) -> None:
+    """End what is found until nothing is: a program may start another while it is being ended."""
+    while found := find():
+        killed = processes.end(found)
+        for process, name in found.items():
+            say(f"{'killed' if process in killed else 'stopped'} {name}, pid {process.pid}")
+
+
+def _end_leftovers(stack: Stack, say: Say) -> None:
+    """End what a service that died has left over; it may hold that service's port."""
+    leftovers = processes.find(stack.root)
+    for service in _services(stack):
+        main_process = _running(stack, service)
+        for process in processes.family(main_process) if main_process else []:
+            leftovers.pop(process, None)
+    processes.end(leftovers)
+    for process, name in leftovers.items():
+        say(f"stopped pid {process.pid}, which an earlier {name} has left over")
+
+
+def _check_ports(services: list[Service]) -> None:
+    held = []
+    for name, (variable, port) in ((s.name, s.port) for s in services if s.port is not None):
+        holder = processes.port_holder(HOST, port)
+        if holder is not None:
+            held.append(
+                f"port {port} of the {name} is held by {holder}: "
+                f"end that, or choose another port with {port_variable(variable)}."
+            )
+    if held:
+        raise StackError("\n".join([*held, "Nothing was started."]))
+
+
+def _prepare_prefect(stack: Stack) -> None:
+    """Make the work pool, and make the automations or bring them up to date."""
+    wanted = yaml.safe_load((PROJECT / "deployments" / "automations.yaml").read_text())
+    with httpx.Client(base_url=f"{stack.prefect_url}/api", trust_env=False, timeout=60) as api:
+        pools = _ask(api, "POST", "/work_pools/filter", {})
+        if POOL not in [pool["name"] for pool in pools]:
+            _ask(api, "POST", "/work_pools/", {"name": POOL, "type": "process"})
+        present = {found["name"]: found for found in _ask(api, "POST", "/automations/filter", {})}
+        for automation in wanted["automations"]:
+            found = present.get(automation["name"])
+            if found is None:
+                _ask(api, "POST", "/automations/", automation)
+            elif not _agrees(automation, found):
+                _ask(api, "PUT", f"/automations/{found['id']}", automation)
+
+
+def _ask(api: httpx.Client, method: str, path: str, content: object) -> Any:
+    """Ask Prefect, and again while its SQLite is locked (503), as Prefect's own client does."""
+    for pause in (0.2, 0.5, 1, 2, 4, 8):
+        answer = api.request(method, path, json=content)
+        if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+            break
+        time.sleep(pause)
+    return answer.raise_for_status().json() if answer.content else None
+
+
+def _agrees(wanted: object, found: object) -> bool:
+    """Tell whether what is wanted is there; the server adds fields of its own."""
+    if isinstance(wanted, dict) and isinstance(found, dict):
+        return all(_agrees(value, found.get(key)) for key, value in wanted.items())
+    if isinstance(wanted, list) and isinstance(found, list) and len(wanted) == len(found):
+        return all(map(_agrees, wanted, found))
+    return wanted == found
+
+
+def _deploy(stack: Stack, prefect_yaml: Path, say: Say) -> None:
+    say(f"deploying {prefect_yaml}")
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+    log = stack.log("deploy")
+    with log.open("wb") as output:
+        done = subprocess.run(
+            [*command, "--prefect-file", str(prefect_yaml)],
+            env=inherited_environment(stack),
+            cwd=PROJECT,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+    if done.returncode != 0:
+        raise StackError(f"{prefect_yaml} was not deployed. {processes.tail(log)}")
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    """Stop once: a second Ctrl-C must not cut the clean-up short."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,317 @@
+"""What images must look like before anything is trained on them, as Great Expectations suites.
+
+A failed `critical` expectation refuses the data; a failed `warning` is reported. Every bound has a
+comment with what honest data shows: M is MNIST's training and test split, S the two splits of the
+embedded sample of 1,797 digits; the first number is the smaller. Columns are those of
+`expectations.image_table`, and those that `expectations.validation` joins to it.
+"""
+
+from collections.abc import Iterable
+
+from great_expectations import ExpectationSuite
+from great_expectations import expectations as gxe
+from great_expectations.expectations.metadata_types import FailureSeverity
+
+from expectations.image_table import CLASSES, SIDE, TURNS
+
+CRITICAL, WARNING = FailureSeverity.CRITICAL, FailureSeverity.WARNING
+
+MOST = 0.99
+"""Share of images that a bound on single images must hold for, where it is not all of them."""
+
+
+def training_images() -> ExpectationSuite:
+    """Return the suite for the training split, joined with what recurs in the test split."""
+    expectations = [
+        *_size(at_least=1_000),  # M 60,000; S 1,437
+        *_each_image(),
+        *_whole_split(),
+        *_unseen_in("test"),
+    ]
+    return ExpectationSuite(name="training images", expectations=expectations)
+
+
+def test_images() -> ExpectationSuite:
+    """Return the suite for the test split."""
+    expectations = [
+        *_size(at_least=300),  # M 10,000; S 360
+        *_each_image(),
+        *_whole_split(),
+    ]
+    return ExpectationSuite(name="test images", expectations=expectations)
+
+
+def arriving_images(*, with_champion: bool) -> ExpectationSuite:
+    """Return the suite for a batch that wants to become training data.
+
+    `with_champion` adds what needs the column `champion_contradicts`.
+    """
+    expectations = [
+        # Of fewer, nobody can say whether they are upright and rightly labelled.
+        *_size(at_least=100),
+        *_each_image(),
+        *_whole_split(),
+        *_new(),
+        *_unseen_in("holdout"),
+        *(_plausible_labels() if with_champion else ()),
+    ]
+    return ExpectationSuite(name="arriving images", expectations=expectations)
+
+
+def arriving_distribution(features: Iterable[str]) -> ExpectationSuite:
+    """Return the suite for the population stability indices of `expectations.reference`.
+
+    Of 200 random batches of 500 to 5,000 MNIST images none reached 0.05 in any feature.
+    """
+    expectations = [
+        gxe.ExpectColumnMaxToBeBetween(
+            column=f"psi_{feature}",
+            max_value=bound,
+            severity=severity,
+            description=f"The {feature.replace('_', ' ')} is distributed as in accepted images.",
+        )
+        for feature in features
+        for bound, severity in ((0.1, WARNING), (0.25, CRITICAL))
+    ]
+    return ExpectationSuite(name="arriving distribution", expectations=expectations)
+
+
+def _size(at_least: int) -> list[gxe.Expectation]:
+    return [
+        gxe.ExpectTableRowCountToBeBetween(
+            min_value=at_least,
+            max_value=10_000_000,
+            severity=CRITICAL,
+            description="There are enough images to judge, and not absurdly many.",
+        )
+    ]
+
+
+def _each_image() -> list[gxe.Expectation]:
+    """Return what holds for single images, so also in a batch of one."""
+    return [
+        gxe.ExpectColumnValuesToBeInSet(
+            column="height",
+            value_set=[SIDE],
+            severity=CRITICAL,
+            description="Every image is 28 pixels high.",
+        ),
+        gxe.ExpectColumnValuesToBeInSet(
+            column="width",
+            value_set=[SIDE],
+            severity=CRITICAL,
+            description="Every image is 28 pixels wide.",
+        ),
+        gxe.ExpectColumnValuesToBeBetween(
+            column="label",
+            min_value=0,
+            max_value=CLASSES - 1,
+            severity=CRITICAL,
+            description="Every label is a digit.",
+        ),
+        gxe.ExpectColumnValuesToBeInSet(
+            column="blank",
+            value_set=[False],
+            severity=CRITICAL,  # M 0, S 0
+            description="No image is empty.",
+        ),
+        gxe.ExpectColumnValuesToBeInSet(
+            column="constant",
+            value_set=[False],
+            severity=CRITICAL,  # M 0, S 0
+            description="No image has one value everywhere.",
+        ),
+        gxe.ExpectColumnValuesToBeBetween(
+            column="minimum",
+            min_value=0,
+            max_value=32,  # M 0 and S 0 in every image
+            mostly=MOST,
+            severity=CRITICAL,
+            description="The background is dark: values are not shifted.",
+        ),
+        gxe.ExpectColumnValuesToBeBetween(
+            column="maximum",
+            min_value=128,  # M 254 and S 214 at least
+            max_value=255,
+            mostly=MOST,
+            severity=CRITICAL,
+            description="The ink is bright: values are 0-255, not 0-1.",
+        ),
+        gxe.ExpectColumnValuesToBeBetween(
+            column="border",
+            min_value=0,
+            max_value=32,  # M 8.3 and S 0 at most
+            mostly=MOST,
+            severity=CRITICAL,
+            description="The border is background: no image is inverted or all noise.",
+        ),
+        gxe.ExpectColumnValuesToBeBetween(
+            column="centre_over_border",
+            min_value=8,  # M 16.1 and S 67.0 at least
+            mostly=MOST,
+            severity=CRITICAL,
+            description="The middle is brighter than the border: no image is inverted.",
+        ),
+        gxe.ExpectColumnValuesToBeBetween(
+            column="ink",
+            min_value=0.01,  # M 0.019 and S 0.087 at least
+            max_value=0.45,  # M 0.398 and S 0.219 at most
+            mostly=MOST,
+            severity=CRITICAL,
+            description="Ink covers as much of an image as a digit does.",
+        ),
+        gxe.ExpectColumnValuesToBeUnique(
+            column="digest",
+            mostly=MOST,
+            severity=CRITICAL,  # M 0 and S 0 duplicates
+            description="At most 1 % of the images occur twice.",
+        ),
+        gxe.ExpectColumnValuesToBeUnique(
+            column="digest",
+            severity=WARNING,
+            description="No image occurs twice.",
+        ),
+    ]
+
+
+def _whole_split() -> list[gxe.Expectation]:
+    """Return what holds for some hundred images of all ten digits together."""
+    upright = [
+        gxe.ExpectColumnMeanToBeBetween(
+            column=f"upright_over_{turn}",
+            min_value=0.01,  # M 0.125 (mirrored) to 0.354; S 0.028 (flipped) to 0.345
+            severity=CRITICAL,
+            description=f"Images resemble their digit better than the digit {turn}.",
+        )
+        for turn in TURNS
+    ]
+    return [
+        gxe.ExpectColumnUniqueValueCountToBeBetween(
+            column="label",
+            min_value=CLASSES,
+            severity=CRITICAL,
+            description="All ten digits occur.",
+        ),
+        _even_labels(0.05, WARNING),  # M 0.002 and 0.001; S 0.004 and 0.034
+        _even_labels(0.2, CRITICAL),
+        gxe.ExpectColumnMeanToBeBetween(
+            column="ink",
+            min_value=0.06,  # M 0.132 and 0.134; S 0.156 and 0.157
+            max_value=0.28,
+            severity=CRITICAL,
+            description="Ink covers as much as in handwritten digits, on average.",
+        ),
+        gxe.ExpectColumnMeanToBeBetween(
+            column="stroke_width",
+            min_value=1.5,  # M 2.58 and 2.64; S 3.78 and 3.84; noise 1.3
+            max_value=6,
+            severity=CRITICAL,
+            description="Strokes are as wide as a pen's, on average.",
+        ),
+        gxe.ExpectColumnMeanToBeBetween(
+            column="slant",
+            min_value=-0.15,  # M 0.09 and 0.11; S -0.05 and -0.04
+            max_value=0.3,
+            severity=WARNING,
+            description="Digits lean as handwriting does, on average.",
+        ),
+        gxe.ExpectColumnMeanToBeBetween(
+            column="centre_x",
+            min_value=11,  # M 14.0; S 13.7
+            max_value=16,
+            severity=CRITICAL,
+            description="Digits stand in the middle, left to right, on average.",
+        ),
+        gxe.ExpectColumnMeanToBeBetween(
+            column="centre_y",
+            min_value=11,  # M 14.0; S 13.5
+            max_value=16,
+            severity=CRITICAL,
+            description="Digits stand in the middle, top to bottom, on average.",
+        ),
+        *upright,
+        gxe.ExpectColumnValuesToBeInSet(
+            column="label_match",
+            value_set=[True],
+            mostly=0.3,  # M 0.78 and 0.80; S 0.43 and 0.47, its digits being fatter; chance 0.10
+            severity=CRITICAL,
+            description="Images resemble the mean MNIST digit of their label.",
+        ),
+        gxe.ExpectColumnValuesToBeInSet(
+            column="label_agrees",
+            value_set=[True],
+            mostly=0.65,  # M 0.78 and 0.80; S 0.87 and 0.93; 0.57 with 30 % of M's labels shuffled
+            severity=CRITICAL,
+            description="Images of one label resemble each other more than those of another.",
+        ),
+    ]
+
+
+def _even_labels(threshold: float, severity: FailureSeverity) -> gxe.Expectation:
+    even = {"values": list(range(CLASSES)), "weights": [1 / CLASSES] * CLASSES}
+    return gxe.ExpectColumnKLDivergenceToBeLessThan(
+        column="label",
+        partition_object=even,
+        threshold=threshold,
+        severity=severity,
+        description="The ten digits occur about equally often.",
+    )
+
+
+def _unseen_in(split: str) -> list[gxe.Expectation]:
+    """Return what leakage breaks: `in_SPLIT` and `near_SPLIT` say which images recur there."""
+    return [
+        gxe.ExpectColumnValuesToBeInSet(
+            column=f"in_{split}",
+            value_set=[False],
+            severity=CRITICAL,  # M 0, S 0
+            description=f"No image recurs in the {split} split.",
+        ),
+        gxe.ExpectColumnValuesToBeInSet(
+            column=f"near_{split}",
+            value_set=[False],
+            mostly=0.99,  # M 0.995, ones that hardly differ; S 1.0
+            severity=WARNING,
+            description=f"Hardly any image nearly recurs in the {split} split.",
+        ),
+        gxe.ExpectColumnValuesToBeInSet(
+            column=f"near_{split}",
+            value_set=[False],
+            mostly=0.95,
+            severity=CRITICAL,
+            description=f"At most 5 % of the images nearly recur in the {split} split.",
+        ),
+    ]
+
+
+def _new() -> list[gxe.Expectation]:
+    """Return what a batch that was sent twice breaks: `in_accepted` says which images are known."""
+    return [
+        gxe.ExpectColumnValuesToBeInSet(
+            column="in_accepted",
+            value_set=[False],
+            severity=WARNING,  # M 0: no two of its images are the same
+            description="No image was accepted before.",
+        ),
+        gxe.ExpectColumnValuesToBeInSet(
+            column="in_accepted",
+            value_set=[False],
+            mostly=MOST,
+            severity=CRITICAL,
+            description="At most 1 % of the images were accepted before.",
+        ),
+    ]
+
+
+def _plausible_labels() -> list[gxe.Expectation]:
+    """Return what wrong labels break, for a champion that is right about 99 of 100 images."""
+    return [
+        gxe.ExpectColumnValuesToBeInSet(
+            column="champion_contradicts",
+            value_set=[False],
+            mostly=mostly,
+            severity=severity,
+            description="The champion is rarely sure of another label.",
+        )
+        for mostly, severity in ((0.98, WARNING), (0.95, CRITICAL))
+    ]

@@ -1,0 +1,62 @@
+"""The weekly run, from data to a promoted model."""
+
+from prefect import flow, runtime
+from prefect.client.schemas import State
+from prefect.states import Completed, Failed
+from tasks.validate import validate_snapshot
+
+from mnist_cnn.promotion import PromotionPolicy, decide
+from mnist_cnn.training import Device, TrainingConfig
+from tasks.evaluate import evaluate_model
+from tasks.preflight import check_services
+from tasks.records import RejectedSnapshot
+from tasks.registry import find_champion, register_candidate, set_champion
+from tasks.report import record_decision, report_decision, report_rejection
+from tasks.snapshot import Dataset, take_snapshot
+from tasks.storage import DEFAULT_STORE
+from tasks.train import train_model
+
+
+def name_run() -> str:
+    """Name a run after its data set and the time that it was scheduled for."""
+    run = runtime.flow_run
+    return f"{run.parameters['dataset']}-{run.scheduled_start_time:%Y-%m-%d-%H%M}"
+
+
+@flow(name="train", flow_run_name=name_run)
+def train(
+    dataset: Dataset = "mnist",
+    training: TrainingConfig = TrainingConfig(),
+    promotion: PromotionPolicy = PromotionPolicy(),
+    store: str = DEFAULT_STORE,
+    device: Device = "auto",
+) -> State[object]:
+    """Retrain on the present data, and promote the result if it is proved to be no worse.
+
+    Args:
+        dataset: `mnist`, `digits` (the embedded sample), or `auto`: MNIST if it can be had.
+        training: How the CNN is trained.
+        promotion: What the candidate has to prove.
+        store: Where data and records are kept, `s3://BUCKET` or `s3://BUCKET/PREFIX`.
+        device: `auto` takes cuda, else mps, else cpu.
+
+    """
+    check_services(store)
+    snapshot = take_snapshot(dataset, store)
+    validated = validate_snapshot(snapshot)
+    if isinstance(validated, RejectedSnapshot):
+        summary = report_rejection(validated)
+        return Failed(name=summary.verdict, message=summary.reason)
+    candidate = train_model(validated, training, device)
+    champion = find_champion(candidate.name)
+    measured = evaluate_model(candidate.model, "candidate", snapshot)
+    champion_measured = evaluate_model(champion.model, "champion", snapshot) if champion else None
+    decision = decide(measured, champion_measured, promotion)
+    record = record_decision(decision, snapshot)
+    version = register_candidate(candidate, decision, record)
+    if decision.verdict == "promote":
+        set_champion(version, replaces=champion)
+    summary = report_decision(
+        validated, candidate, (measured, champion_measured), decision, (version, champion)
+    )
+    return Completed(name=summary.verdict, message=summary.reason)

@@ -1,0 +1,107 @@
+"""What tasks hand each other: small, addressable values that survive a crash; never arrays."""
+
+from typing import Literal
+
+from pydantic import BaseModel
+
+Split = Literal["train", "test"]
+
+
+class Shard(BaseModel, frozen=True):
+    """A part of a split: the digest of its images and labels, and what it holds."""
+
+    digest: str
+    images: int
+    labels: list[int]
+    """How many images show each digit."""
+    origin: str
+
+
+class Snapshot(BaseModel, frozen=True):
+    """An immutable set of training and test images, known by the digest of its manifest."""
+
+    dataset: str
+    store: str
+    digest: str
+    train: list[Shard]
+    test: list[Shard]
+    parent: str | None = None
+
+    @property
+    def address(self) -> str:
+        """Where the manifest is."""
+        return f"{self.store}/datasets/{self.dataset}/snapshots/{self.digest}.json"
+
+    @property
+    def model_name(self) -> str:
+        """The registered model trained on this data set: models of different data never compete."""
+        return f"{self.dataset}-cnn"
+
+    def shards(self, split: Split) -> list[Shard]:
+        """Return the shards of one split, in order."""
+        return self.train if split == "train" else self.test
+
+    def images(self, split: Split) -> int:
+        """Count the images of one split."""
+        return sum(shard.images for shard in self.shards(split))
+
+
+class ValidatedSnapshot(BaseModel, frozen=True):
+    """A snapshot that passed validation. Only the validation task makes one."""
+
+    snapshot: Snapshot
+    report: str
+    """Address of the validation result that passed it."""
+    warnings: list[str]
+
+
+class RejectedSnapshot(BaseModel, frozen=True):
+    """A snapshot that failed a critical expectation: nothing is trained on it."""
+
+    snapshot: Snapshot
+    report: str
+    failures: list[str]
+    """One sentence for each: expectation, observed value and bound."""
+
+
+class Candidate(BaseModel, frozen=True):
+    """A trained model in MLflow that is not registered yet."""
+
+    name: str
+    """Name under which it is registered."""
+    run_id: str
+    model: str
+    """Its address, `models:/m-…`."""
+    snapshot: str
+    """Digest of the snapshot that it was trained on."""
+
+
+class ModelVersion(BaseModel, frozen=True):
+    """A version in the MLflow registry."""
+
+    name: str
+    version: str
+    run_id: str
+    model: str
+    """Its address, `models:/NAME/VERSION`."""
+    snapshot: str
+    """Digest of the snapshot that it was trained on."""
+
+
+class RunSummary(BaseModel, frozen=True):
+    """What a run did: the same facts for the terminal, the Prefect UI and whoever asks later."""
+
+    flow_run: str
+    verdict: str
+    """Promoted, Champion kept or Data rejected."""
+    reason: str
+    dataset: str
+    accuracy: float | None = None
+    champion_accuracy: float | None = None
+    """The champion's accuracy on the same images, before this run's decision."""
+    version: str | None = None
+    """Address of the registered candidate, `models:/NAME/VERSION`."""
+    champion_before: str | None = None
+    champion: str | None = None
+    """Address of the champion after this run."""
+    links: dict[str, str]

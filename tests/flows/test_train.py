@@ -1,0 +1,237 @@
+"""The weekly run through real servers; `digits`, the small sample, wherever MNIST is not the point."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from urllib.request import Request, urlopen
+from uuid import UUID
+
+import mlflow
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+from prefect.client.schemas.objects import FlowRun
+
+from deployments.stack import PROJECT, Stack
+from flows.train import train
+from mnist_cnn.digits import Digits, embedded_sample
+from tasks.records import RunSummary
+from tasks.registry import find_champion
+from tasks.storage import DEFAULT_STORE, Store
+
+
+def type_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Type `prefect deployment run train/weekly …` as a person does."""
+    command = [sys.executable, "-m", "prefect", "deployment", "run", "train/weekly", *arguments]
+    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+
+
+def runs_of_deployment() -> list[FlowRun]:
+    with get_client(sync_client=True) as prefect:
+        return prefect.read_flow_runs()
+
+
+def trigger(*arguments: str) -> UUID:
+    before = {run.id for run in runs_of_deployment()}
+    typed = type_command(*arguments)
+    assert typed.returncode == 0, typed.stdout + typed.stderr
+    (made,) = {run.id for run in runs_of_deployment() if not run.auto_scheduled} - before
+    return made
+
+
+def wait_for(run_id: UUID, seconds: float = 240) -> FlowRun:
+    deadline = time.monotonic() + seconds
+    with get_client(sync_client=True) as prefect:
+        while time.monotonic() < deadline:
+            run = prefect.read_flow_run(run_id)
+            if run.state and run.state.is_final():
+                return run
+            time.sleep(0.2)
+    pytest.fail(f"run {run_id} is still {run.state}")
+
+
+@pytest.fixture(scope="module")
+def first_run(stack: Stack) -> FlowRun:
+    """Return the first run of a new system: it finds no champion."""
+    return wait_for(trigger("--param", "dataset=digits"))
+
+
+@pytest.fixture(scope="module")
+def summary(first_run: FlowRun) -> RunSummary:
+    content = Store(DEFAULT_STORE).get(f"runs/{first_run.id}/summary.json")
+    return RunSummary.model_validate_json(content)
+
+
+def test_the_first_run_ends_promoted(first_run: FlowRun) -> None:
+    assert first_run.state
+    assert first_run.state.name == "Promoted", first_run.state.message
+    assert first_run.name.startswith("digits-20")
+
+
+def test_the_champion_says_where_it_came_from(first_run: FlowRun, summary: RunSummary) -> None:
+    champion = find_champion.fn("digits-cnn")
+    assert champion
+    assert champion.model == summary.champion == summary.version
+    tags = MlflowClient().get_model_version(champion.name, champion.version).tags
+    assert tags["prefect.flow_run_id"] == str(first_run.id)
+    assert tags["verdict"] == "promote"
+    assert json.loads(tags["parameters"])["dataset"] == "digits"
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=PROJECT, capture_output=True, text=True, check=False
+    )
+    assert tags["git_commit"] == (commit.stdout.strip() or "not a git checkout")
+
+
+def test_the_champion_loads_with_one_call_and_without_pickle(
+    summary: RunSummary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    import torch
+
+    model = mlflow.pytorch.load_model("models:/digits-cnn@champion")
+    test = embedded_sample()[1]
+    right = model(torch.from_numpy(test.images)).argmax(1).numpy() == test.labels
+    assert right.mean() == pytest.approx(summary.accuracy, abs=1e-9)
+
+
+def test_the_run_shows_a_report_the_checks_and_its_progress(first_run: FlowRun) -> None:
+    with get_client(sync_client=True) as prefect:
+        artifacts = prefect.read_artifacts(
+            artifact_filter=ArtifactFilter(
+                flow_run_id=ArtifactFilterFlowRunId(any_=[first_run.id])
+            )
+        )
+    shown = {artifact.key: artifact for artifact in artifacts}
+    assert str(shown["report"].data).startswith("# Promoted")
+    assert "accuracy floor" in str(shown["checks"].data)
+    assert shown["training"].type == "progress"
+    assert float(str(shown["training"].data)) == 100
+
+
+def test_every_link_opens(summary: RunSummary) -> None:
+    assert {"Prefect run", "MLflow run", "registered version", "validation report"} <= set(
+        summary.links
+    )
+    for address in summary.links.values():
+        with urlopen(Request(address, headers={"Accept": "text/html"}), timeout=10) as answer:  # noqa: S310
+            assert answer.status == 200
+
+
+def test_a_second_run_sends_no_data_again_and_ends_by_rule(
+    first_run: FlowRun, summary: RunSummary
+) -> None:
+    """The same data, code and seed give the same model: a tie, which keeps the champion."""
+    names = set(Store(DEFAULT_STORE).names("datasets/digits/"))
+    second = wait_for(trigger("--param", "dataset=digits"))
+    assert second.state
+    assert second.state.name == "Champion kept"
+    assert set(Store(DEFAULT_STORE).names("datasets/digits/")) == names
+    champion = find_champion.fn("digits-cnn")
+    assert champion
+    assert champion.model == summary.champion
+
+
+def test_a_second_trigger_while_a_run_is_active_is_cancelled_with_the_reason(
+    first_run: FlowRun,
+) -> None:
+    active = trigger("--param", "dataset=digits")
+    second = wait_for(trigger("--param", "dataset=digits"))
+    assert second.state
+    assert second.state.is_cancelled()
+    assert "concurrency limit" in str(second.state.message).lower()
+    finished = wait_for(active).state
+    assert finished
+    assert finished.is_completed()
+
+
+@pytest.mark.parametrize(
+    ("parameter", "sentence"),
+    [
+        ("dataset=fashion", "dataset"),
+        ('training={"epoch": 2}', "epoch"),
+        ('training={"epochs": 0}', "epochs"),
+        ('promotion={"accuracy_floor": 98}', "accuracy_floor"),
+        ("data=mnist", "data"),
+    ],
+)
+def test_a_parameter_that_is_wrong_is_refused_before_a_run_exists(
+    stack: Stack, parameter: str, sentence: str
+) -> None:
+    before = len(runs_of_deployment())
+    typed = type_command("--param", parameter)
+    assert typed.returncode != 0
+    assert sentence in typed.stdout + typed.stderr
+    assert len(runs_of_deployment()) == before
+
+
+def inverted(digits: Digits) -> Digits:
+    return Digits(255 - digits.images, digits.labels)
+
+
+def blank(digits: Digits) -> Digits:
+    images = digits.images.copy()
+    images[: len(images) // 10] = 0
+    return Digits(images, digits.labels)
+
+
+@pytest.mark.parametrize("damage", [inverted, blank])
+def test_bad_data_ends_the_run_before_training_and_changes_no_champion(
+    stack: Stack, first_run: FlowRun, monkeypatch: pytest.MonkeyPatch, damage
+) -> None:
+    train_split, test = embedded_sample()
+    monkeypatch.setattr("tasks.snapshot.embedded_sample", lambda: (damage(train_split), test))
+    monkeypatch.setattr("flows.train.train_model", lambda *_: pytest.fail("it trained"))
+    before = find_champion.fn("digits-cnn")
+    state = train("digits", return_state=True)
+    assert state.name == "Data rejected"
+    assert state.is_failed()
+    assert "expected" in str(state.message)
+    assert find_champion.fn("digits-cnn") == before
+    summary = Store(DEFAULT_STORE).get(f"runs/{state.state_details.flow_run_id}/summary.json")
+    assert b"Data rejected" in summary
+
+
+def test_a_registry_that_fails_in_the_middle_promotes_nothing(
+    stack: Stack, first_run: FlowRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.exceptions import MlflowException
+
+    before = find_champion.fn("digits-cnn")
+
+    def broken(*_: object) -> None:
+        raise MlflowException("INTERNAL_ERROR: database is locked")
+
+    with monkeypatch.context() as fault:
+        fault.setattr(MlflowClient, "get_registered_model", broken)
+        fault.setattr("tasks.registry.find_champion.retries", 0, raising=False)
+        state = train("digits", return_state=True)
+    assert state.is_failed()
+    assert "could not be read" in str(state.message)
+    assert find_champion.fn("digits-cnn") == before
+
+
+def test_the_demo_ends_with_verdict_and_addresses(stack: Stack) -> None:
+    """`make demo` on a stack that is up: the data set is MNIST if MNIST_MIRROR has it."""
+    ports = stack.ports
+    settings = {
+        "STACK_ROOT": str(stack.root),
+        "STACK_PREFECT_PORT": str(ports.prefect),
+        "STACK_MLFLOW_PORT": str(ports.mlflow),
+        "STACK_S3_PORT": str(ports.s3),
+    }
+    demo = subprocess.run(
+        [sys.executable, "-m", "deployments.demo"],
+        cwd=PROJECT,
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert demo.returncode == 0, demo.stdout + demo.stderr
+    for expected in ("train model", "the whole run", "accuracy", "/#/models/", "validation report"):
+        assert expected in demo.stdout
+    assert demo.stdout.strip().endswith("Stop it with: make down")

@@ -1,0 +1,63 @@
+import logging
+from pathlib import Path
+
+import pytest
+from prefect.logging import disable_run_logger
+
+from mnist_cnn.digits import embedded_sample
+from tasks.snapshot import MirrorUnreachable, fetch_mnist, take_snapshot
+from tasks.storage import Store, read_split
+
+
+def test_mnist_comes_whole_from_its_mirror(
+    mnist_mirror: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MNIST_MIRROR", mnist_mirror.as_uri())
+    train, test = fetch_mnist()
+    assert (len(train), len(test)) == (60_000, 10_000)
+    assert train.labels[:5].tolist() == [5, 0, 4, 1, 9]
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[:-1000], lambda raw: b"\0" + raw[1:]])
+def test_a_damaged_archive_is_refused_with_its_address(
+    mnist_mirror: Path, monkeypatch: pytest.MonkeyPatch, damage
+) -> None:
+    archive = mnist_mirror / "t10k-images-idx3-ubyte.gz"
+    archive.write_bytes(damage(archive.read_bytes()))
+    monkeypatch.setenv("MNIST_MIRROR", mnist_mirror.as_uri())
+    with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte\.gz is not MNIST's archive"):
+        fetch_mnist()
+
+
+def test_a_mirror_that_does_not_answer_is_named_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MNIST_MIRROR", "http://127.0.0.1:1/mnist")
+    with pytest.raises(MirrorUnreachable, match=r"127\.0\.0\.1:1/mnist/.*set MNIST_MIRROR"):
+        fetch_mnist()
+
+
+def test_a_mirror_address_of_another_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MNIST_MIRROR", "/data/mnist")
+    with pytest.raises(ValueError, match="MNIST_MIRROR is '/data/mnist'; expected an http://"):
+        fetch_mnist()
+
+
+def test_auto_without_mnist_takes_the_sample_and_says_so_loudly(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MNIST_MIRROR", "http://127.0.0.1:1/mnist")
+    monkeypatch.setattr("tasks.snapshot.get_run_logger", lambda: logging.getLogger("test"))
+    snapshot = take_snapshot.fn("auto", store.address)
+    assert snapshot.model_name == "digits-cnn"
+    assert "MNIST COULD NOT BE HAD" in caplog.text
+    assert read_split(snapshot, "test").digest() == embedded_sample()[1].digest()
+
+
+def test_mnist_that_cannot_be_had_is_never_replaced(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MNIST_MIRROR", "http://127.0.0.1:1/mnist")
+    with disable_run_logger(), pytest.raises(MirrorUnreachable):
+        take_snapshot.fn("mnist", store.address)
+    assert store.names("") == []
