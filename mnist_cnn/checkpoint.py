@@ -180,7 +180,8 @@ class Writer:
         self._wake = threading.Condition()
         self.failures: list[str] = []
         """A sentence for each checkpoint that could not be written."""
-        self.written = 0
+        self.newest: int | None = None
+        """The step of the newest checkpoint that was written."""
         self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
         self._thread.start()
 
@@ -218,5 +219,5 @@ class Writer:
             _log.warning("%s", sentence)
             self.failures.append(sentence)
         else:
-            self.written += 1
+            self.newest = checkpoint.step
             _log.debug("wrote %s in %.3f s", checkpoint.name, time.perf_counter() - began)

@@ -26,7 +26,7 @@ class GroupedBatchNorm(nn.BatchNorm2d):
         """Normalise (N, C, H, W)."""
         if not self.training:
             return super().forward(input)
-        parts = input.split(self.group or len(input))
+        parts = torch.split(input, self.group or len(input))
         done = [
             functional.batch_norm(
                 part,

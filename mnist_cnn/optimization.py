@@ -18,7 +18,7 @@ _BETAS, _EPSILON = (0.9, 0.99), 1e-8
 
 def orthogonalise(matrix: Tensor) -> Tensor:
     """Return the matrix (rows <= columns, float32) with its singular values drawn towards 1."""
-    result = matrix / (matrix.norm() + 1e-7)
+    result: Tensor = matrix / (matrix.norm() + 1e-7)
     for _ in range(_ITERATIONS):
         gram = result @ result.T
         result = torch.addmm(
@@ -58,7 +58,7 @@ class Optimizer:
         gradients = [_gradient(p) for p in self._filters]
         torch._foreach_mul_(self._velocity, self._momentum)
         torch._foreach_add_(self._velocity, gradients)
-        nesterov = torch._foreach_add(gradients, self._velocity, alpha=self._momentum)
+        nesterov = torch._foreach_add(gradients, self._velocity, alpha=self._momentum)  # noqa: SLF001 - torch has no public name for it
         for weight, direction in zip(self._filters, nesterov, strict=True):
             rows = len(weight)
             weight.mul_(rows**0.5 / weight.norm())
@@ -70,7 +70,7 @@ class Optimizer:
         torch._foreach_lerp_(self._mean, gradients, 1 - first)
         torch._foreach_mul_(self._square, second)
         torch._foreach_addcmul_(self._square, gradients, gradients, 1 - second)
-        spread = torch._foreach_sqrt(self._square)
+        spread = torch._foreach_sqrt(self._square)  # noqa: SLF001 - as above
         torch._foreach_div_(spread, (1 - second**count) ** 0.5)
         torch._foreach_add_(spread, _EPSILON)
         rate = self._rate * factor
