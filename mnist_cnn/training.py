@@ -103,7 +103,7 @@ class TrainingStopped(RuntimeError):  # noqa: N818 - a request that was obeyed
     def __init__(self, reason: str, step: int, steps: int, *, saved: bool) -> None:
         kept = "run it again to go on from there" if saved else "there is no checkpoint of it"
         super().__init__(f"training was stopped at step {step} of {steps} ({reason}); {kept}")
-        self.reason, self.step, self.saved = reason, step, saved
+        self.reason, self.step, self.steps, self.saved = reason, step, steps, saved
 
 
 class AccuracyCollapsed(ArithmeticError):  # noqa: N818 - a state, as FloatingPointError is not

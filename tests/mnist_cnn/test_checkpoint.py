@@ -97,10 +97,11 @@ def test_a_checkpoint_of_something_else_is_refused_with_both_values(
     store.save(other.name, other.encode())
     found, refusals = newest_valid(store, IDENTITY)
     assert found is None
-    assert refusals == [
+    sentence = (
         f"checkpoint step-00000003.safetensors was written with other {part} than this training: "
         f"{part} 'other', expected '{IDENTITY[part]}'"
-    ]
+    )
+    assert refusals == [sentence]
 
 
 def test_an_empty_store_has_no_checkpoint(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def test_an_image_is_classified_the_same_alone_and_among_a_thousand(model: Digit
     images = _images(1000)
     with torch.inference_mode():
         together = model(images)
-        alone = torch.cat([model(image) for image in images[:20].split(1)])
+        alone = torch.cat([model(image) for image in torch.split(images[:20], 1)])
     torch.testing.assert_close(alone, together[:20], atol=1e-4, rtol=1e-4)
 
 
@@ -52,7 +52,7 @@ def test_statistics_of_groups_do_not_depend_on_how_many_arrive_together() -> Non
     network.group_statistics(32)
     images = _images(96)
     together = network(images)
-    apart = torch.cat([network(part) for part in images.split(32)])
+    apart = torch.cat([network(part) for part in torch.split(images, 32)])
     torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
     network.group_statistics(96)
     assert not torch.allclose(network(images), together, atol=1e-2)
