@@ -2,11 +2,45 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mnist_cnn.digits import CLASSES
 
 # Mean and standard deviation of the pixels of MNIST's training split, divided by 255.
 _MEAN, _STD = 0.1307, 0.3081
+
+
+class GroupedBatchNorm(nn.BatchNorm2d):
+    """Batch normalisation whose statistics are those of `group` images, however many arrive.
+
+    A batch that is cut into micro-batches or shared among processes is therefore normalised just as
+    it is in one piece. Running statistics stay as they are until `DigitCNN.calibrate`.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, momentum=0.0)
+        self.group: int | None = None
+        """Images that share statistics; None: all that arrive."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the base class names it so
+        """Normalise (N, C, H, W)."""
+        if not self.training:
+            return super().forward(input)
+        parts = torch.split(input, self.group or len(input))
+        done = [
+            functional.batch_norm(
+                part,
+                self.running_mean,
+                self.running_var,
+                self.weight,
+                self.bias,
+                training=True,
+                momentum=self.momentum or 0.0,
+                eps=self.eps,
+            )
+            for part in parts
+        ]
+        return done[0] if len(done) == 1 else torch.cat(done)
 
 
 class DigitCNN(nn.Module):
@@ -16,27 +50,49 @@ class DigitCNN(nn.Module):
     (N, 10).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, channels: tuple[int, int, int, int] = (16, 32, 32, 64)) -> None:
         super().__init__()
+        first, second, third, fourth = channels
         self.features = nn.Sequential(
-            nn.Conv2d(1, 16, 5, stride=2, bias=False),
-            nn.BatchNorm2d(16),
-            nn.ReLU(),
-            nn.Conv2d(16, 32, 3, bias=False),
-            nn.BatchNorm2d(32),
-            nn.ReLU(),
-            nn.Conv2d(32, 32, 3, bias=False),
+            nn.Conv2d(1, first, 5, stride=2, bias=False),
+            GroupedBatchNorm(first),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(first, second, 3, bias=False),
+            GroupedBatchNorm(second),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(second, third, 3, bias=False),
             nn.MaxPool2d(2),
-            nn.BatchNorm2d(32),
-            nn.ReLU(),
-            nn.Conv2d(32, 64, 3, bias=False),
-            nn.BatchNorm2d(64),
-            nn.ReLU(),
+            GroupedBatchNorm(third),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(third, fourth, 3, bias=False),
+            GroupedBatchNorm(fourth),
+            nn.ReLU(inplace=True),
         )
-        self.classify = nn.Linear(64 * 2 * 2, CLASSES)
+        self.classify = nn.Linear(fourth * 2 * 2, CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return logits of uint8 images."""
         pixels = (images.unsqueeze(1).float() - 255 * _MEAN) / (255 * _STD)
         hidden = self.features(pixels.contiguous(memory_format=torch.channels_last))
         logits: Tensor = self.classify(hidden.flatten(1))
         return logits.float()
+
+    def group_statistics(self, group: int) -> None:
+        """Let batch normalisation in training take its statistics over `group` images."""
+        for norm in self._norms():
+            norm.group = group
+
+    @torch.no_grad()
+    def calibrate(self, images: Tensor) -> None:
+        """Set the running statistics to those of these images, and the model to eval mode."""
+        groups = [norm.group for norm in self._norms()]
+        self.train()
+        for norm in self._norms():
+            norm.momentum, norm.group = 1.0, None
+        self(images)
+        for norm, group in zip(self._norms(), groups, strict=True):
+            norm.momentum, norm.group = 0.0, group
+        self.eval()
+
+    def _norms(self) -> list[GroupedBatchNorm]:
+        return [module for module in self.modules() if isinstance(module, GroupedBatchNorm)]

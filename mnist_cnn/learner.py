@@ -1,0 +1,149 @@
+"""One optimizer step, in as many pieces as memory asks for, on one device or several."""
+
+import logging
+from collections.abc import Iterable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn import functional
+
+from mnist_cnn.device import choose_precision
+from mnist_cnn.model import DigitCNN
+from mnist_cnn.optimization import Optimizer
+from mnist_cnn.recipe import TrainingConfig
+
+_log = logging.getLogger(__name__)
+
+
+class Learner:
+    """The model, its optimizer, and what the current epoch has seen.
+
+    Raises ValueError for a micro-batch that batch normalisation's groups do not fill.
+    """
+
+    def __init__(self, config: TrainingConfig, place: torch.device, share: int, world: int) -> None:
+        self._recipe, self._place, self._share, self._world = config.recipe(), place, share, world
+        group = self._recipe.norm_group
+        if config.micro_batch is not None and config.micro_batch % group:
+            raise ValueError(
+                f"micro_batch is {config.micro_batch}; expected a multiple of {group}, "
+                "the images that share batch normalisation's statistics"
+            )
+        # A CPU's caches like small pieces, a GPU likes the whole.
+        self.micro_batch = min(
+            config.micro_batch or (share if place.type == "cuda" else group), share
+        )
+        self.warnings: list[str] = []
+        self.dtype = choose_precision(config.precision, place)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.model = DigitCNN(self._recipe.channels)
+        self.model.to(place)
+        self.model.to(memory_format=torch.channels_last).train()
+        self.model.group_statistics(group)
+        self._net: nn.Module = self.model
+        if world > 1:
+            self._net = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
+        self._optimizer = Optimizer(
+            self.model.named_parameters(),
+            filter_rate=self._recipe.filter_rate,
+            momentum=self._recipe.momentum,
+            rate=self._recipe.learning_rate,
+            weight_decay=self._recipe.weight_decay,
+        )
+        self._sums = torch.zeros(2, device=place)  # of the epoch: loss, images that were right
+
+    def step(self, images: Tensor, labels: Tensor, number: int, steps: int) -> None:
+        """Take step `number` of `steps`, from 1; halve the micro-batch for as long as memory lacks.
+
+        Raises MemoryError when halving would change the mathematics. On a GPU nothing here waits
+        for the device.
+        """
+        while True:
+            try:
+                sums = self._gradients(images, labels)
+                break
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+                self._halve(error)
+        warm = self._recipe.warmup * steps
+        rising = number / warm if warm else 1.0
+        self._optimizer.step(number, min(rising, (steps - number + 1) / (steps - warm)))
+        self._sums += sums
+
+    def _gradients(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Add up the gradients of the batch's mean loss; return the sums of loss and of right."""
+        self._optimizer.zero_grad()
+        sums: list[Tensor] = []
+        for first in range(0, self._share, self.micro_batch):
+            part = slice(first, first + self.micro_batch)
+            last = first + self.micro_batch >= self._share
+            with nullcontext() if last or self._world == 1 else self._net.no_sync():  # type: ignore[operator]  # DDP's
+                with torch.autocast(self._place.type, self.dtype, self.dtype != torch.float32):
+                    logits = self._net(images[part])
+                loss = functional.cross_entropy(
+                    logits,
+                    labels[part],
+                    reduction="sum",
+                    label_smoothing=self._recipe.label_smoothing,
+                )
+                (loss / self._share).backward()  # type: ignore[no-untyped-call]
+            sums.append(torch.stack([loss.detach(), (logits.argmax(1) == labels[part]).sum()]))
+        return torch.stack(sums).sum(0)
+
+    def _halve(self, error: RuntimeError) -> None:
+        smaller = self.micro_batch // 2
+        if self._world > 1 or not smaller or smaller % self._recipe.norm_group:
+            raise MemoryError(
+                f"{self._place} has no memory for {self.micro_batch} images at a time, and fewer "
+                "would change the mathematics; lower training.batch_size"
+            ) from error
+        sentence = (
+            f"{self._place} has no memory for {self.micro_batch} images at a time; going on with "
+            f"{smaller}, gradients added up: the result is the same"
+        )
+        _log.warning("%s", sentence)
+        self.warnings.append(sentence)
+        self.micro_batch = smaller
+
+    def end_epoch(self) -> tuple[float, float]:
+        """Return the sums of the epoch's losses and of its right images, and forget them."""
+        if self._world > 1:
+            distributed.all_reduce(self._sums)
+        loss, right = self._sums.tolist()
+        self._sums.zero_()
+        return loss, right
+
+    def validate(
+        self, sample: Tensor, batches: Iterable[tuple[Tensor, Tensor]]
+    ) -> tuple[float, float]:
+        """Return mean cross entropy (nats) and accuracy, statistics being those of `sample`."""
+        self.model.calibrate(sample)
+        loss, right, images = 0.0, 0, 0
+        with torch.inference_mode():
+            for part, labels in batches:
+                logits = self.model(part)
+                loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
+                right += int((logits.argmax(1) == labels).sum())
+                images += len(labels)
+        self.model.train()
+        return loss / images, right / images
+
+    def is_finite(self) -> bool:
+        """Tell whether the epoch's loss and every weight are finite; waits for the device."""
+        tensors = [self._sums, *self.model.parameters()]
+        return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the live tensors that a checkpoint must hold; copy into them to restore."""
+        model = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        optimizer = {f"optimizer.{n}": tensor for n, tensor in self._optimizer.state().items()}
+        return {**model, **optimizer, "sums": self._sums}
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        sign in str(error) for sign in ("out of memory", "can't allocate memory")
+    )

@@ -1,0 +1,123 @@
+"""The recipes that decide what is learnt, and the configuration that chooses among them."""
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, Field, model_validator
+
+from mnist_cnn.device import Precision
+
+Preset = Literal["quick", "standard", "best"]
+
+
+class Recipe(BaseModel, frozen=True, extra="forbid"):
+    """The numbers that decide what is learnt; a preset is one of these."""
+
+    epochs: float = Field(gt=0, le=1000, description="Passes over the training images.")
+    batch_size: int = Field(ge=1, le=65536, description="Images a step.")
+    norm_group: int = Field(ge=2, description="Images that share batch normalisation's statistics.")
+    channels: tuple[int, int, int, int] = Field(description="Filters of the four convolutions.")
+    filter_rate: float = Field(gt=0, le=10, description="Peak learning rate of filters.")
+    momentum: float = Field(ge=0, lt=1, description="Momentum of filters.")
+    learning_rate: float = Field(gt=0, le=10, description="Peak learning rate of everything else.")
+    weight_decay: float = Field(ge=0, le=1, description="AdamW's, for everything but filters.")
+    warmup: float = Field(ge=0, lt=1, description="Share of the steps with a rising rate.")
+    label_smoothing: float = Field(ge=0, lt=1, description="Share of the target spread evenly.")
+    shift: int = Field(ge=0, le=4, description="Images move by up to so many pixels each way.")
+    degrees: float = Field(ge=0, le=45, description="Images turn by up to so much each way.")
+    stretch: float = Field(
+        ge=0, le=0.5, description="Images shear and stretch by up to this share."
+    )
+
+
+RECIPES: dict[Preset, Recipe] = {
+    "standard": Recipe(
+        epochs=3,
+        batch_size=256,
+        norm_group=256,
+        channels=(16, 32, 32, 64),
+        filter_rate=0.1,
+        momentum=0.6,
+        learning_rate=0.01,
+        weight_decay=0.01,
+        warmup=0.2,
+        label_smoothing=0.1,
+        shift=1,
+        degrees=0,
+        stretch=0,
+    )
+}
+RECIPES["quick"] = RECIPES["standard"].model_copy(update={"epochs": 0.6, "shift": 0})
+RECIPES["best"] = RECIPES["standard"].model_copy(update={"epochs": 8})
+
+
+class TrainingConfig(BaseModel, frozen=True, extra="forbid"):
+    """How the CNN is trained. The defaults are production's; an empty field is the preset's."""
+
+    preset: Preset = Field(
+        "standard",
+        description="quick: seconds, to see that all is well; standard: every week; "
+        "best: as accurate as this network gets.",
+    )
+    epochs: float | None = Field(
+        None, gt=0, le=1000, description="Passes over the training images; empty: the preset's."
+    )
+    batch_size: int | None = Field(
+        None, ge=2, le=65536, description="Images a step; empty: the preset's."
+    )
+    learning_rate: float | None = Field(
+        None, gt=0, le=10, description="Peak rate of all but filters; empty: the preset's."
+    )
+    min_steps: int = Field(
+        120,
+        ge=0,
+        le=1_000_000,
+        description="Optimizer steps at least: few images are shown in as many epochs as it takes.",
+    )
+    seed: int = Field(0, ge=0, lt=2**40, description="Same seed, same machine: the same weights.")
+    validation_share: float = Field(
+        0.0, ge=0, le=0.5, description="Part of the training images set aside and measured on."
+    )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="Stop after so many epochs without a better validation accuracy; "
+        "empty: never. Needs a validation share.",
+    )
+    time_budget_seconds: float | None = Field(
+        None, gt=0, description="Stop training after so long, with the model of then; empty: never."
+    )
+    precision: Precision = Field(
+        "auto", description="Number format of convolutions; auto: bf16 where the hardware has it."
+    )
+    deterministic: bool = Field(
+        default=True,
+        description="On a GPU: bitwise the same weights for the same seed, at the cost of speed. "
+        "A CPU repeats itself anyway.",
+    )
+    checkpoint_every_steps: int = Field(
+        100, ge=1, description="Steps between checkpoints, if there is a place to keep them."
+    )
+    micro_batch: int | None = Field(
+        None,
+        ge=2,
+        description="Images on the device at a time, gradients being added up; "
+        "empty: what suits the device.",
+    )
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.patience is not None and not self.validation_share:
+            raise ValueError(
+                f"patience is {self.patience} but validation_share is 0, so there is nothing to "
+                "wait for; set validation_share, for example to 0.1"
+            )
+        return self
+
+    def recipe(self) -> Recipe:
+        """Return the preset's recipe with the fields that were set here."""
+        knobs = ("epochs", "batch_size", "learning_rate")
+        given = {knob: getattr(self, knob) for knob in knobs if getattr(self, knob) is not None}
+        preset = RECIPES[self.preset]
+        batch = given.get("batch_size", preset.batch_size)
+        group = preset.norm_group if batch % preset.norm_group == 0 else batch
+        return preset.model_copy(update={**given, "norm_group": group})
