@@ -124,10 +124,18 @@ def _judged(
 ) -> ValidationReport:
     """Validate each table by its suite in a context that lives in memory and asks no network."""
     import great_expectations as gx  # noqa: PLC0415 - takes 2 s
-    from great_expectations.data_context.types.base import ProgressBarsConfig  # noqa: PLC0415
+    from great_expectations.data_context.types.base import (  # noqa: PLC0415 - likewise
+        DataContextConfig,
+        InMemoryStoreBackendDefaults,
+        ProgressBarsConfig,
+    )
 
-    context = gx.get_context(mode="ephemeral")
-    context.variables.progress_bars = ProgressBarsConfig(globally=False)
+    configuration = DataContextConfig(
+        store_backend_defaults=InMemoryStoreBackendDefaults(init_temp_docs_sites=False),
+        progress_bars=ProgressBarsConfig(globally=False),
+        analytics_enabled=False,
+    )
+    context = gx.get_context(mode="ephemeral", project_config=configuration)
     frames = context.data_sources.add_pandas("memory")
     findings, raw = [], {}
     for suite, table in pairs:

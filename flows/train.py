@@ -3,7 +3,6 @@
 from prefect import flow, runtime
 from prefect.client.schemas import State
 from prefect.states import Completed, Failed
-from tasks.validate import validate_snapshot
 
 from mnist_cnn.promotion import PromotionPolicy, decide
 from mnist_cnn.training import Device, TrainingConfig
@@ -15,6 +14,7 @@ from tasks.report import record_decision, report_decision, report_rejection
 from tasks.snapshot import Dataset, take_snapshot
 from tasks.storage import DEFAULT_STORE
 from tasks.train import train_model
+from tasks.validate import validate_snapshot
 
 
 def name_run() -> str:

@@ -22,7 +22,7 @@ _FORMAT = "mnist-cnn-checkpoint-1"
 _PREFIX, _SUFFIX = "step-", ".safetensors"
 
 
-class CheckpointRefused(ValueError):  # noqa: N818 - a refusal, as the sentence says
+class CheckpointRefused(ValueError):
     """A checkpoint cannot be gone on from; the message says why."""
 
 

@@ -89,7 +89,7 @@ class Learner:
                     reduction="sum",
                     label_smoothing=self._recipe.label_smoothing,
                 )
-                (loss / self._share).backward()  # type: ignore[no-untyped-call]
+                (loss / self._share).backward()
             sums.append(torch.stack([loss.detach(), (logits.argmax(1) == labels[part]).sum()]))
         return torch.stack(sums).sum(0)
 

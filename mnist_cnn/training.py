@@ -97,7 +97,7 @@ class Training:
     """Sentences: checkpoints that were refused or could not be written, memory that ran out."""
 
 
-class TrainingStopped(RuntimeError):  # noqa: N818 - a request that was obeyed
+class TrainingStopped(RuntimeError):
     """Training was asked to stop and can be gone on with; the message says from where."""
 
     def __init__(self, reason: str, step: int, steps: int, *, saved: bool) -> None:
@@ -106,7 +106,7 @@ class TrainingStopped(RuntimeError):  # noqa: N818 - a request that was obeyed
         self.reason, self.step, self.steps, self.saved = reason, step, steps, saved
 
 
-class AccuracyCollapsed(ArithmeticError):  # noqa: N818 - a state, as FloatingPointError is not
+class AccuracyCollapsed(ArithmeticError):
     """The network stopped knowing what it knew, or never learnt; the message says how much."""
 
 

@@ -87,8 +87,9 @@ def report_decision(
     )
     body = [
         (
-            f"Candidate {version.model}: accuracy {measured.accuracy:.2%}, loss {measured.loss:.4f}, "
-            f"macro F1 {measured.macro_f1:.4f} on {measured.images:,} test images."
+            f"Candidate {version.model}: accuracy {measured.accuracy:.2%}, "
+            f"loss {measured.loss:.4f}, macro F1 {measured.macro_f1:.4f} "
+            f"on {measured.images:,} test images."
         ),
         compared,
         _table(checks),

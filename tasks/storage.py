@@ -118,6 +118,11 @@ class Store:
                 raise
             return True
 
+    def remove(self, name: str) -> None:
+        """Remove an object; one that is not there is no error."""
+        with self._speaking():
+            self._client.delete_object(Bucket=self.bucket, Key=self._key(name))
+
     def names(self, prefix: str) -> list[str]:
         """Return the names of all objects under `prefix`, in order."""
         with self._speaking():
@@ -144,8 +149,7 @@ class Store:
         self.put(name, content)
         if self.get(name) != content:
             raise StorageRefused(f"{self.address_of(name)} does not hold what was written to it")
-        with self._speaking():
-            self._client.delete_object(Bucket=self.bucket, Key=self._key(name))
+        self.remove(name)
 
     def _key(self, name: str) -> str:
         return f"{self._prefix}/{name}" if self._prefix else name
@@ -185,7 +189,10 @@ def _connect() -> "S3Client":
     from botocore.config import Config  # noqa: PLC0415
 
     patience = Config(
-        connect_timeout=5, read_timeout=60, retries={"mode": "standard", "total_max_attempts": 3}
+        connect_timeout=5,
+        read_timeout=60,
+        retries={"mode": "standard", "total_max_attempts": 3},
+        signature_version="s3v4",  # boto3 still signs links with version 2 if it is not told
     )
     # A session of its own: boto3's default one would keep the first credentials that it ever saw.
     return Session().client("s3", config=patience)

@@ -1,5 +1,12 @@
 """Train a candidate, and keep it with its metrics and its origin in an MLflow run."""
 
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import copy_context
 from importlib.metadata import version as installed
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -9,14 +16,26 @@ from prefect import get_run_logger, runtime, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
 from mnist_cnn.digits import CLASSES, SIDE
-from mnist_cnn.training import Device, EpochMetrics, TrainingConfig, train
+from mnist_cnn.training import (
+    Device,
+    EpochMetrics,
+    Progress,
+    TrainingConfig,
+    TrainingStopped,
+    train,
+)
 from tasks.records import Candidate, ValidatedSnapshot
-from tasks.storage import read_split, worth_another_try
+from tasks.storage import Store, read_split, worth_another_try
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run
+
     from mnist_cnn.model import DigitCNN
 
 FLOW_RUN_TAG = "prefect.flow_run_id"
+
+_KEPT_CHECKPOINTS = 3
+_SECONDS_BETWEEN_LOG_LINES = 10.0
 
 
 @task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
@@ -25,7 +44,8 @@ def train_model(
 ) -> Candidate:
     """Train on the snapshot's training split and store the model without pickle.
 
-    A repeat within the same flow run goes on in the same MLflow run.
+    Checkpoints go to S3. A repeat within the same flow run, after a crash or a stop, goes on from
+    the newest of them, in the same MLflow run. SIGTERM writes a last one first.
     """
     import mlflow  # noqa: PLC0415 - 2 s to import
 
@@ -33,9 +53,21 @@ def train_model(
     snapshot = validated.snapshot
     digits = read_split(snapshot, "train")
     mlflow.set_experiment(snapshot.model_name)
-    progress = create_progress_artifact(0.0, key="training", description="Training has begun.")
-    assert isinstance(progress, UUID)
-    with mlflow.start_run(_earlier_run(snapshot.model_name), run_name=runtime.flow_run.name) as run:
+    earlier = _earlier_run(snapshot.model_name)
+    if earlier and (done := _logged_model(earlier)):
+        return Candidate(
+            name=snapshot.model_name,
+            run_id=earlier.info.run_id,
+            model=done,
+            snapshot=snapshot.digest,
+        )
+    known_steps = _logged_steps(earlier)
+    show = _Shown()
+    with mlflow.start_run(
+        earlier.info.run_id if earlier else None,
+        run_name=runtime.flow_run.name,
+        log_system_metrics=True,
+    ) as run:
         mlflow.set_tags(
             {
                 FLOW_RUN_TAG: runtime.flow_run.id,
@@ -43,58 +75,183 @@ def train_model(
                 "validation": validated.report,
             }
         )
-        mlflow.log_params(config.model_dump())
+        mlflow.log_params(config.model_dump() | config.recipe().model_dump())
 
         def on_epoch(metrics: EpochMetrics) -> None:
-            mlflow.log_metrics(
-                {
-                    "train_loss": metrics.loss,
-                    "train_accuracy": metrics.accuracy,
-                    "images_per_second": metrics.images_per_second,
-                },
-                step=metrics.epoch,
-            )
-            sentence = (
-                f"epoch {metrics.epoch} of {config.epochs}: loss {metrics.loss:.4f}, "
-                f"{metrics.images_per_second:,.0f} images/s, {metrics.seconds_left:.0f} s left"
-            )
-            logger.info(sentence)
-            update_progress_artifact(progress, 100 * metrics.epoch / config.epochs, sentence)
+            logger.info("epoch %d: loss %.4f", metrics.epoch, metrics.loss)
+            if metrics.step not in known_steps:
+                mlflow.log_metrics(_figures(metrics), step=metrics.step, synchronous=False)
 
-        training = train(digits, config, device, on_epoch)
+        with _sigterm() as stop:
+            try:
+                training = train(
+                    digits,
+                    config,
+                    device,
+                    on_progress=show.progress,
+                    on_epoch=on_epoch,
+                    checkpoints=_Checkpoints(Store(snapshot.store)),
+                    stop=stop,
+                )
+            except TrainingStopped as stopped:
+                logger.warning(str(stopped))
+                raise
+        for warning in training.warnings:
+            logger.warning(warning)
         mlflow.log_metric("training_seconds", training.seconds)
-        mlflow.set_tag("device", training.device)
+        mlflow.set_tags(
+            {
+                "device": training.device,
+                "precision": training.precision,
+                "outcome": training.outcome,
+                "torch": installed("torch"),
+            }
+        )
         model = _log_model(training.model)
-    logger.info("trained in %.1f s on %s", training.seconds, training.device)
+    show.done(
+        f"{training.outcome}: {training.steps:,} steps in {training.seconds:.1f} s "
+        f"on {training.device}"
+    )
     return Candidate(
         name=snapshot.model_name, run_id=run.info.run_id, model=model, snapshot=snapshot.digest
     )
 
 
-def _earlier_run(experiment: str) -> str | None:
+class _Checkpoints:
+    """A `CheckpointStore` in S3 with the newest few of this flow run."""
+
+    def __init__(self, store: Store) -> None:
+        self._store, self._prefix = store, f"runs/{runtime.flow_run.id}/checkpoints/"
+
+    def save(self, name: str, content: bytes) -> None:
+        self._store.put(self._prefix + name, content)
+        for old in self.list()[:-_KEPT_CHECKPOINTS]:
+            self._store.remove(self._prefix + old)
+
+    def list(self) -> list[str]:
+        return [name.removeprefix(self._prefix) for name in self._store.names(self._prefix)]
+
+    def load(self, name: str) -> bytes:
+        return self._store.get(self._prefix + name)
+
+
+class _Shown:
+    """What people see in the Prefect UI while training runs.
+
+    A request to the server takes longer than a training step, so another thread makes it; what is
+    not yet sent when the next news comes is skipped.
+    """
+
+    def __init__(self) -> None:
+        self._logger = get_run_logger()
+        artifact = create_progress_artifact(0.0, key="training", description="Training has begun.")
+        assert isinstance(artifact, UUID)
+        self._artifact = artifact
+        self._sender = ThreadPoolExecutor(1, "progress")
+        self._sending: Future[object] | None = None
+        self._logged = time.monotonic()
+
+    def progress(self, now: Progress) -> None:
+        """Show where training is; called about once a second, and returns at once."""
+        sentence = (
+            f"step {now.step:,} of {now.steps:,}: {now.images_per_second:,.0f} images/s, "
+            f"{now.seconds_left:.0f} s left"
+        )
+        if time.monotonic() - self._logged > _SECONDS_BETWEEN_LOG_LINES:
+            self._logged = time.monotonic()
+            self._logger.info(sentence)
+        if self._sending is None or self._sending.done():
+            percent = 100 * now.step / now.steps
+            self._sending = self._send(percent, sentence)
+
+    def done(self, sentence: str) -> None:
+        """Show the end; an update that failed on the way is told in the log."""
+        self._logger.info(sentence)
+        last = self._send(100.0, sentence)
+        self._sender.shutdown(wait=True)
+        for sent in (self._sending, last):
+            if sent and (error := sent.exception()):
+                self._logger.warning("the progress artifact was not brought up to date: %s", error)
+
+    def _send(self, percent: float, sentence: str) -> Future[object]:
+        run = copy_context().run  # the thread has no Prefect settings of its own
+        return self._sender.submit(run, update_progress_artifact, self._artifact, percent, sentence)
+
+
+@contextmanager
+def _sigterm() -> Iterator[Callable[[], str | None]]:
+    """Let SIGTERM ask training to stop; once it has stopped, hand the signal on to Prefect.
+
+    Yields the question to ask before each step. Only a main thread can catch signals; in another
+    one SIGTERM ends the process at once, and the run goes on from the last regular checkpoint.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    caught: list[str] = []
+    before = signal.signal(signal.SIGTERM, lambda *_: caught.append("SIGTERM"))
+    try:
+        yield lambda: caught[0] if caught else None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if caught:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def _figures(metrics: EpochMetrics) -> dict[str, float]:
+    figures = {
+        "train_loss": metrics.loss,
+        "train_accuracy": metrics.accuracy,
+        "images_per_second": metrics.images_per_second,
+        "validation_loss": metrics.validation_loss,
+        "validation_accuracy": metrics.validation_accuracy,
+    }
+    return {name: value for name, value in figures.items() if value is not None}
+
+
+def _earlier_run(experiment: str) -> "Run | None":
     """Return the MLflow run that an earlier attempt of this flow run began."""
     import mlflow  # noqa: PLC0415
 
-    runs = mlflow.search_runs(
+    runs: list[Run] = mlflow.search_runs(
         experiment_names=[experiment],
         filter_string=f"tags.`{FLOW_RUN_TAG}` = '{runtime.flow_run.id}'",
         output_format="list",
     )
-    return runs[0].info.run_id if runs else None
+    return runs[0] if runs else None
+
+
+def _logged_steps(run: "Run | None") -> set[int]:
+    """Return the steps that an earlier attempt has told MLflow about."""
+    from mlflow import MlflowClient  # noqa: PLC0415
+
+    if run is None:
+        return set()
+    history = MlflowClient().get_metric_history(run.info.run_id, "train_loss")
+    return {metric.step for metric in history}
+
+
+def _logged_model(run: "Run") -> str | None:
+    """Return the model that an earlier attempt has finished, if it got so far."""
+    if run.info.status != "FINISHED" or not (run.outputs and run.outputs.model_outputs):
+        return None
+    return f"models:/{run.outputs.model_outputs[0].model_id}"
 
 
 def _log_model(model: "DigitCNN") -> str:
     """Store the exported graph; it holds tensors and a graph, and runs no code when it is loaded.
 
     The requirements are given because inferring them takes a subprocess and 10 s; the example has
-    two images because the exporter would freeze a batch of one.
+    two images because the exporter would freeze a batch of one; the format is contiguous because
+    the exporter doubts any other.
     """
     import mlflow.pytorch  # noqa: PLC0415
+    import torch  # noqa: PLC0415
     from mlflow.models import ModelSignature  # noqa: PLC0415
     from mlflow.types import Schema, TensorSpec  # noqa: PLC0415
 
     info = mlflow.pytorch.log_model(
-        model,
+        model.to(memory_format=torch.contiguous_format),
         name="model",
         serialization_format="pt2",
         signature=ModelSignature(

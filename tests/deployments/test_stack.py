@@ -23,7 +23,7 @@ import pytest
 import yaml
 
 from deployments import processes
-from deployments.services import PROJECT, Ports, Stack, environment
+from deployments.services import PROJECT, Ports, Stack, environment, s3_server
 from deployments.stack import StackError, _ask, start, stop
 
 NAP = """
@@ -172,11 +172,11 @@ def test_s3_refuses_a_stranger(up: Stack) -> None:
 
 
 def test_a_second_up_finds_everything_there(up: Stack, said: list[str]) -> None:
-    before = processes.find(up.root)
+    before, automations = processes.find(up.root), api(up, "/automations/filter", {})
     start(up, say=said.append)
     assert said == ["already running: S3 server, MLflow server, Prefect server, worker"]
     assert processes.find(up.root) == before
-    automations = api(up, "/automations/filter", {})
+    assert api(up, "/automations/filter", {}) == automations
     assert [automation["name"] for automation in automations] == ["crash-silent-runs"]
 
 
@@ -186,7 +186,7 @@ def test_a_half_started_stack_is_completed(up: Stack, said: list[str]) -> None:
     (rclone,) = named(up, "S3 server")
     for process in (mlflow, rclone):
         process.kill()
-        until(process.is_running, lambda running: not running)
+        process.wait(10)
     assert uvicorn.is_running()
     start(up, say=said.append)
     assert f"stopped pid {uvicorn.pid}, which an earlier MLflow server has left over" in said
@@ -282,18 +282,22 @@ def test_an_interrupted_up_leaves_no_process(unused: Stack, number: signal.Signa
     until(lambda: len(processes.find(unused.root)), lambda count: count >= 3)
     up.send_signal(number)
     _, error = up.communicate(timeout=60)
-    assert up.returncode == 130
+    # By itself or, where an exec() was interrupted, by CPython: a shell shows 130 for both.
+    assert up.returncode in (130, -signal.SIGINT)
     assert error == "up interrupted: what it had started is stopped\n"
     assert processes.find(unused.root) == {}
 
 
-def test_a_service_that_dies_is_named_with_the_end_of_its_log(unused: Stack) -> None:
-    environment(unused)
-    (unused.root / "mlflow.db").mkdir()  # where SQLite wants a file
-    with pytest.raises(StackError, match="MLflow server ended with exit code 1") as raised:
+def test_a_service_that_dies_is_named_with_the_end_of_its_log(
+    unused: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = [sys.executable, "-c", "print('no space left'); raise SystemExit(7)"]
+    monkeypatch.setattr(
+        "deployments.stack.s3_server", lambda stack: replace(s3_server(stack), command=broken)
+    )
+    with pytest.raises(StackError, match="S3 server ended with exit code 7") as raised:
         start(unused)
-    assert str(unused.log("mlflow")) in str(raised.value)
-    assert "unable to open database file" in str(raised.value)
+    assert f"The end of {unused.log('s3')}:\nno space left" in str(raised.value)
     assert processes.find(unused.root) == {}
 
 
@@ -305,7 +309,7 @@ def test_two_commands_at_once_wait_for_each_other(unused: Stack, said: list[str]
         assert second.stdout.readline().startswith("waiting for another command")
         second.send_signal(signal.SIGINT)
         second.communicate(timeout=60)
-    assert second.returncode == 130
+    assert second.returncode in (130, -signal.SIGINT)
 
 
 def test_status_of_a_stack_that_is_down(unused: Stack) -> None:

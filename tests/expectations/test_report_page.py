@@ -1,12 +1,17 @@
 import re
+from base64 import b64decode
 from html.parser import HTMLParser
+from io import BytesIO
 
 import numpy as np
-import pytest
+from PIL import Image
 
 from expectations.image_table import image_table
 from expectations.report_page import render_report
 from expectations.validation import Finding, ValidationReport, validate
+from mnist_cnn.digits import Digits
+
+Splits = tuple[Digits, Digits]
 
 
 def report(**changes: object) -> ValidationReport:
@@ -25,7 +30,7 @@ def report(**changes: object) -> ValidationReport:
     return ValidationReport(findings=(finding.model_copy(update=changes),), raw={})
 
 
-def test_the_page_states_verdict_sentence_and_what_was_not_judged():
+def test_the_page_states_verdict_sentence_and_what_was_not_judged() -> None:
     judged = report().model_copy(update={"skipped": ("the distribution: too few",)})
 
     page = render_report(judged, title="Batch 7")
@@ -36,11 +41,11 @@ def test_the_page_states_verdict_sentence_and_what_was_not_judged():
     assert "Not judged: the distribution: too few" in page
 
 
-def test_a_warning_does_not_refuse():
+def test_a_warning_does_not_refuse() -> None:
     assert "Accepted: none of 1 expectations" in render_report(report(severity="warning"))
 
 
-def test_the_page_needs_nothing_from_outside(sample):
+def test_the_page_needs_nothing_from_outside(sample: Splits) -> None:
     tables = [image_table(255 - split.images, split.labels) for split in sample]
     page = render_report(validate(*tables), images={"training images": 255 - sample[0].images})
 
@@ -56,14 +61,14 @@ def test_the_page_needs_nothing_from_outside(sample):
     assert all(source.startswith("data:image/png;base64,") for source in sources)
 
 
-def test_words_from_the_data_cannot_become_markup():
+def test_words_from_the_data_cannot_become_markup() -> None:
     page = render_report(report(observed="<script>alert(1)</script>"), title="<b>")
 
     assert "<script>" not in page
     assert "<b>" not in page
 
 
-def test_the_offending_images_are_shown_as_they_are():
+def test_the_offending_images_are_shown_as_they_are() -> None:
     images = np.arange(3 * 4, dtype=np.uint8).reshape(3, 2, 2)
 
     page = render_report(report(), images={"training images": images})
@@ -74,8 +79,4 @@ def test_the_offending_images_are_shown_as_they_are():
 
 
 def decoded(data: str) -> np.ndarray:
-    from base64 import b64decode
-    from io import BytesIO
-
-    image = pytest.importorskip("PIL.Image")
-    return np.asarray(image.open(BytesIO(b64decode(data))))
+    return np.asarray(Image.open(BytesIO(b64decode(data))))

@@ -9,6 +9,9 @@ import pytest
 
 from expectations.image_table import image_table
 from expectations.validation import ValidationReport, validate
+from mnist_cnn.digits import Digits
+
+Splits = tuple[Digits, Digits]
 
 Faulty = tuple[np.ndarray, np.ndarray]
 RNG = np.random.default_rng(0)
@@ -75,7 +78,8 @@ FAULTS = {
         "mean_to_be_between", "ink"),
     "swapped axes": (changed(lambda x: x.transpose(0, 2, 1)), "mean", "upright_over_transposed"),
     "rotated by 90": (changed(lambda x: np.rot90(x, 1, (1, 2))), "mean", "upright_over_rotated_90"),
-    "rotated by 270": (changed(lambda x: np.rot90(x, 3, (1, 2))), "mean", "upright_over_rotated_270"),
+    "rotated by 270": (changed(lambda x: np.rot90(x, 3, (1, 2))), "mean",
+                       "upright_over_rotated_270"),
     "rotated by 180": (changed(lambda x: x[:, ::-1, ::-1]), "mean", "upright_over_rotated_180"),
     "mirrored": (changed(lambda x: x[:, :, ::-1]), "mean", "upright_over_mirrored"),
     "upside down": (changed(lambda x: x[:, ::-1]), "mean", "upright_over_flipped"),
@@ -100,7 +104,9 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_refused_with_expectation_observed_and_bound(sample, fault):
+def test_a_planted_fault_is_refused_with_expectation_observed_and_bound(
+    sample: Splits, fault: str
+) -> None:
     plant, expectation, column = FAULTS[fault]
     training, test = sample
 
@@ -117,14 +123,14 @@ def test_a_planted_fault_is_refused_with_expectation_observed_and_bound(sample, 
     assert all(finding.suite == "training images" for finding in report.critical)
 
 
-def test_honest_data_pass_without_a_failure(honest):
+def test_honest_data_pass_without_a_failure(honest: Splits) -> None:
     report = judged(*((split.images, split.labels) for split in honest))
 
     assert [f.sentence for f in report.findings if not f.success] == []
     assert {f.suite for f in report.findings} == {"training images", "test images"}
 
 
-def test_the_sentence_reads_as_one():
+def test_the_sentence_reads_as_one() -> None:
     images = RNG.integers(0, 2, (1000, 28, 28)).astype(np.uint8)
     labels = np.arange(1000) % 10
     labels[:3] = 10, 11, 10
@@ -142,7 +148,7 @@ def test_the_sentence_reads_as_one():
     ) in sentences
 
 
-def test_the_test_split_is_judged_too(sample):
+def test_the_test_split_is_judged_too(sample: Splits) -> None:
     training, test = sample
 
     report = judged((training.images, training.labels), (255 - test.images, test.labels))
@@ -150,7 +156,7 @@ def test_the_test_split_is_judged_too(sample):
     assert {finding.suite for finding in report.critical} == {"test images"}
 
 
-def test_one_test_image_in_training_is_refused(sample):
+def test_one_test_image_in_training_is_refused(sample: Splits) -> None:
     training, test = sample
     images = np.concatenate([training.images, test.images[7:8]])
     labels = np.append(training.labels, test.labels[7])
@@ -158,13 +164,15 @@ def test_one_test_image_in_training_is_refused(sample):
     report = judged((images, labels), (test.images, test.labels))
 
     assert [f.sentence for f in report.critical] == [
-        "training images: expect_column_values_to_be_in_set(in_test): "
-        "observed 1 of 1439 outside (True), expected False"
+        (
+            "training images: expect_column_values_to_be_in_set(in_test): "
+            "observed 1 of 1439 outside (True), expected False"
+        )
     ]
     assert report.critical[0].rows == (1438,)
 
 
-def test_dimmed_test_images_in_training_are_refused_as_nearly_the_same(sample):
+def test_dimmed_test_images_in_training_are_refused_as_nearly_the_same(sample: Splits) -> None:
     training, test = sample
     dimmed = np.rint(test.images * 0.9).astype(np.uint8)
     images = np.concatenate([training.images, dimmed])
@@ -175,7 +183,7 @@ def test_dimmed_test_images_in_training_are_refused_as_nearly_the_same(sample):
     assert {f.column for f in report.critical} == {"near_test"}
 
 
-def test_one_duplicate_is_a_warning_and_not_a_refusal(sample):
+def test_one_duplicate_is_a_warning_and_not_a_refusal(sample: Splits) -> None:
     training, test = sample
     images = np.concatenate([training.images, training.images[:1]])
     labels = np.append(training.labels, training.labels[0])
@@ -184,12 +192,14 @@ def test_one_duplicate_is_a_warning_and_not_a_refusal(sample):
 
     assert report.critical == ()
     assert [f.sentence for f in report.warnings] == [
-        "training images: expect_column_values_to_be_unique(digest): "
-        "observed 2 of 1439 repeated, expected no value twice"
+        (
+            "training images: expect_column_values_to_be_unique(digest): "
+            "observed 2 of 1439 repeated, expected no value twice"
+        )
     ]
 
 
-def test_an_expectation_that_cannot_be_evaluated_refuses(sample):
+def test_an_expectation_that_cannot_be_evaluated_refuses(sample: Splits) -> None:
     training, test = (image_table(split.images, split.labels) for split in sample)
 
     report = validate(training.drop(columns="slant"), test)  # its expectation only warns
@@ -198,7 +208,7 @@ def test_an_expectation_that_cannot_be_evaluated_refuses(sample):
     assert 'The column "slant" in BatchData does not exist' in report.critical[0].sentence
 
 
-def test_the_tables_are_not_changed(sample):
+def test_the_tables_are_not_changed(sample: Splits) -> None:
     tables = [image_table(split.images, split.labels) for split in sample]
     copies = [table.copy() for table in tables]
 
@@ -207,7 +217,7 @@ def test_the_tables_are_not_changed(sample):
     assert all(table.equals(copy) for table, copy in zip(tables, copies, strict=True))
 
 
-def test_a_report_survives_json_even_where_nothing_was_finite(sample):
+def test_a_report_survives_json_even_where_nothing_was_finite(sample: Splits) -> None:
     training, test = sample
     labels = np.full_like(training.labels, 77)  # infinite divergence, means of nothing
 
@@ -218,7 +228,9 @@ def test_a_report_survives_json_even_where_nothing_was_finite(sample):
     json.dumps(report.raw, allow_nan=False)
 
 
-def test_validation_asks_no_network_and_prints_nothing(sample, monkeypatch, capfd):
+def test_validation_asks_no_network_and_prints_nothing(
+    sample: Splits, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     def refused(*_: object) -> None:
         raise AssertionError("validation opened a connection")
 
@@ -228,7 +240,7 @@ def test_validation_asks_no_network_and_prints_nothing(sample, monkeypatch, capf
     assert capfd.readouterr() == ("", "")
 
 
-def test_importing_the_room_loads_neither_great_expectations_nor_pandas():
+def test_importing_the_room_loads_neither_great_expectations_nor_pandas() -> None:
     script = (
         "import sys, expectations.validation, expectations.report_page, expectations.image_table;"
         "print(sorted({'great_expectations', 'pandas'} & set(sys.modules)))"

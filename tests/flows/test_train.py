@@ -1,17 +1,19 @@
-"""The weekly run through real servers; `digits`, the small sample, wherever MNIST is not the point."""
+"""The weekly run through real servers, on `digits` wherever MNIST is not the point."""
 
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from urllib.request import Request, urlopen
 from uuid import UUID
 
 import mlflow
-import numpy as np
 import pytest
+import torch
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 from prefect.client.schemas.objects import FlowRun
@@ -90,8 +92,6 @@ def test_the_champion_loads_with_one_call_and_without_pickle(
     summary: RunSummary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
-    import torch
-
     model = mlflow.pytorch.load_model("models:/digits-cnn@champion")
     test = embedded_sample()[1]
     right = model(torch.from_numpy(test.images)).argmax(1).numpy() == test.labels
@@ -101,9 +101,7 @@ def test_the_champion_loads_with_one_call_and_without_pickle(
 def test_the_run_shows_a_report_the_checks_and_its_progress(first_run: FlowRun) -> None:
     with get_client(sync_client=True) as prefect:
         artifacts = prefect.read_artifacts(
-            artifact_filter=ArtifactFilter(
-                flow_run_id=ArtifactFilterFlowRunId(any_=[first_run.id])
-            )
+            artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[first_run.id]))
         )
     shown = {artifact.key: artifact for artifact in artifacts}
     assert str(shown["report"].data).startswith("# Promoted")
@@ -180,7 +178,10 @@ def blank(digits: Digits) -> Digits:
 
 @pytest.mark.parametrize("damage", [inverted, blank])
 def test_bad_data_ends_the_run_before_training_and_changes_no_champion(
-    stack: Stack, first_run: FlowRun, monkeypatch: pytest.MonkeyPatch, damage
+    stack: Stack,
+    first_run: FlowRun,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[Digits], Digits],
 ) -> None:
     train_split, test = embedded_sample()
     monkeypatch.setattr("tasks.snapshot.embedded_sample", lambda: (damage(train_split), test))
@@ -198,8 +199,6 @@ def test_bad_data_ends_the_run_before_training_and_changes_no_champion(
 def test_a_registry_that_fails_in_the_middle_promotes_nothing(
     stack: Stack, first_run: FlowRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlflow.exceptions import MlflowException
-
     before = find_champion.fn("digits-cnn")
 
     def broken(*_: object) -> None:

@@ -1,5 +1,6 @@
 import gzip
 import struct
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ LABELS = np.array([0, 9, 4], np.uint8)
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
-def test_an_idx_pair_is_read_packed_or_not(pack) -> None:
+def test_an_idx_pair_is_read_packed_or_not(pack: Callable[[bytes], bytes]) -> None:
     digits = digits_from_idx(pack(idx(IMAGES)), pack(idx(LABELS)), "train")
     assert (digits.images == IMAGES).all()
     assert digits.labels.tolist() == [0, 9, 4]

@@ -3,6 +3,7 @@ from uuid import uuid4
 import mlflow
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from deployments.stack import Stack
 from mnist_cnn.promotion import Decision
@@ -55,18 +56,16 @@ def test_a_model_without_the_alias_has_no_champion(candidate: Candidate) -> None
 
 
 def test_a_registry_that_cannot_be_read_is_not_an_empty_one(
-    candidate: Candidate, monkeypatch: pytest.MonkeyPatch
+    candidate: Candidate,
 ) -> None:
     mlflow.set_tracking_uri("http://127.0.0.1:1")
-    with pytest.raises(RegistryError, match="could not be read .* nothing is promoted"):
+    with pytest.raises(RegistryError, match=r"could not be read .* nothing is promoted"):
         find_champion.fn(candidate.name)
 
 
 def test_a_broken_answer_is_not_an_empty_registry(
     candidate: Candidate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlflow.exceptions import MlflowException
-
     def broken(*_: object) -> None:
         raise MlflowException("INTERNAL_ERROR: database is locked")
 

@@ -1,4 +1,5 @@
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def test_mnist_comes_whole_from_its_mirror(
 
 @pytest.mark.parametrize("damage", [lambda raw: raw[:-1000], lambda raw: b"\0" + raw[1:]])
 def test_a_damaged_archive_is_refused_with_its_address(
-    mnist_mirror: Path, monkeypatch: pytest.MonkeyPatch, damage
+    mnist_mirror: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[bytes], bytes]
 ) -> None:
     archive = mnist_mirror / "t10k-images-idx3-ubyte.gz"
     archive.write_bytes(damage(archive.read_bytes()))

@@ -103,7 +103,8 @@ def test_the_manifest_is_written_last(
 def test_a_shard_that_was_changed_is_not_read(store: Store, sample: tuple[Digits, Digits]) -> None:
     train, test = sample
     snapshot = write_snapshot(store, "digits", train, test, "a test")
-    names = [f"datasets/digits/shards/{shards[0].digest}.parquet" for shards in (snapshot.train, snapshot.test)]
-    store.put(names[1], store.get(names[0]))
+    name = "datasets/digits/shards/{}.parquet"
+    another = store.get(name.format(snapshot.train[0].digest))
+    store.put(name.format(snapshot.test[0].digest), another)
     with pytest.raises(ValueError, match="was changed after it was accepted"):
         read_split(snapshot, "test")

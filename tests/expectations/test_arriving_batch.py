@@ -1,0 +1,233 @@
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.ndimage import maximum_filter
+
+from expectations.image_table import image_table
+from expectations.reference import (
+    FEATURES,
+    FeatureProfile,
+    ReferenceProfile,
+    drift_table,
+    reference_profile,
+)
+from expectations.validation import ValidationReport, validate_batch
+from mnist_cnn.digits import Digits
+
+Splits = tuple[Digits, Digits]
+Images = np.ndarray
+RNG = np.random.default_rng(0)
+
+
+class Arrivals:
+    """Half of a training split is accepted, batches come from the other; the test split is held."""
+
+    def __init__(self, splits: Splits) -> None:
+        training, self.test = splits
+        half = len(training) // 2
+        self.old = training.images[:half], training.labels[:half]
+        self.new = training.images[half:], training.labels[half:]
+        self.accepted = image_table(*self.old)
+        self.holdout = image_table(self.test.images, self.test.labels)
+
+    def judged(self, images: Images, labels: Images, **columns: Images) -> ValidationReport:
+        return validate_batch(
+            image_table(images, labels).assign(**columns),
+            accepted=self.accepted["digest"].to_numpy(),
+            holdout=self.holdout,
+            reference=reference_profile(self.accepted),
+        )
+
+
+@pytest.fixture(scope="module")
+def arrivals(sample: Splits) -> Arrivals:
+    return Arrivals(sample)
+
+
+def columns(report: ValidationReport) -> set[str | None]:
+    return {finding.column for finding in report.critical}
+
+
+def test_an_honest_batch_is_accepted_without_a_warning(honest: Splits) -> None:
+    arrivals = Arrivals(honest)
+    images, labels = arrivals.new
+
+    report = arrivals.judged(images, labels, champion_contradicts=np.zeros(len(labels), bool))
+
+    assert [finding.sentence for finding in report.findings if not finding.success] == []
+    assert report.skipped == ()
+
+
+def test_random_batches_of_mnist_raise_no_false_alarm(mnist: Splits) -> None:
+    arrivals = Arrivals(mnist)
+    images, labels = arrivals.new
+
+    for count in (100, 500, 1500, 5000):
+        rows = RNG.choice(len(labels), count, replace=False)
+        report = arrivals.judged(images[rows], labels[rows])
+        assert [finding.sentence for finding in report.critical] == []
+
+
+def test_the_same_batch_twice_is_refused(arrivals: Arrivals) -> None:
+    report = arrivals.judged(*arrivals.old)
+
+    assert "in_accepted" in columns(report)
+
+
+def test_one_known_image_is_a_warning(arrivals: Arrivals) -> None:
+    images, labels = arrivals.new
+    report = arrivals.judged(
+        np.concatenate([images, arrivals.old[0][:1]]), np.append(labels, arrivals.old[1][0])
+    )
+
+    assert report.critical == ()
+    assert [finding.column for finding in report.warnings] == ["in_accepted"]
+
+
+def test_one_holdout_image_is_refused(arrivals: Arrivals) -> None:
+    images, labels = arrivals.new
+    report = arrivals.judged(
+        np.concatenate([images, arrivals.test.images[:1]]),
+        np.append(labels, arrivals.test.labels[0]),
+    )
+
+    assert columns(report) == {"in_holdout"}
+    assert report.critical[0].rows == (len(images),)
+
+
+def test_dimmed_holdout_images_are_refused(arrivals: Arrivals) -> None:
+    dimmed = np.rint(arrivals.test.images[:100] * 0.9).astype(np.uint8)
+    images, labels = arrivals.new
+    report = arrivals.judged(
+        np.concatenate([images, dimmed]), np.append(labels, arrivals.test.labels[:100])
+    )
+
+    assert columns(report) == {"near_holdout"}
+
+
+def test_labels_that_the_champion_contradicts_are_refused(arrivals: Arrivals) -> None:
+    images, labels = arrivals.new
+    wrong = RNG.random(len(labels)) < 0.1
+    planted = np.where(wrong, (labels + 1) % 10, labels)
+
+    report = arrivals.judged(images, planted, champion_contradicts=wrong)
+
+    assert columns(report) == {"champion_contradicts"}
+    assert report.critical[0].rows == tuple(np.flatnonzero(wrong)[:20])
+    assert f"observed {wrong.sum()} of {len(labels)} outside" in report.critical[0].sentence
+
+
+def test_thirty_percent_shuffled_labels_are_refused_without_a_champion(mnist: Splits) -> None:
+    arrivals = Arrivals(mnist)
+    images, labels = (values[:3000] for values in arrivals.new)
+    rows = RNG.permutation(3000)[:900]
+    planted = labels.copy()
+    planted[rows] = RNG.permutation(labels[rows])
+
+    assert "label_agrees" in columns(arrivals.judged(images, planted))
+
+
+def thickened(images: Images) -> Images:
+    return maximum_filter(images, (1, 3, 3))
+
+
+def sheared(images: Images) -> Images:
+    return np.stack([np.roll(images[:, y], (14 - y) // 3, 1) for y in range(28)], 1)
+
+
+DRIFTS: dict[str, tuple[Callable[[Images], Images], str]] = {
+    "thicker strokes": (thickened, "psi_stroke_width"),
+    "more ink": (thickened, "psi_ink"),
+    "another slant": (sheared, "psi_slant"),
+    "dimmed, the mean": (lambda x: (x * 0.7).astype(np.uint8), "psi_mean"),
+    "dimmed, the contrast": (lambda x: (x * 0.7).astype(np.uint8), "psi_contrast"),
+}
+
+
+@pytest.mark.parametrize("drift", DRIFTS)
+def test_a_batch_from_another_world_is_refused_for_its_distribution(
+    arrivals: Arrivals, drift: str
+) -> None:
+    change, column = DRIFTS[drift]
+    images, labels = arrivals.new
+
+    report = arrivals.judged(change(images), labels)
+
+    sentence = next(f.sentence for f in report.critical if f.column == column)
+    assert sentence.startswith("arriving distribution: expect_column_max_to_be_between")
+    assert sentence.endswith("expected at most 0.25")
+
+
+def test_another_mix_of_labels_is_refused_for_its_distribution(arrivals: Arrivals) -> None:
+    images, labels = arrivals.new
+    kept = (labels > 2) | (np.arange(len(labels)) % 8 == 0)
+
+    assert "psi_label" in columns(arrivals.judged(images[kept], labels[kept]))
+
+
+def test_one_class_only_is_refused(arrivals: Arrivals) -> None:
+    images, labels = arrivals.new
+    ones = np.tile(images[labels == 1], (2, 1, 1))
+
+    report = arrivals.judged(ones, np.ones(len(ones), int))
+
+    assert "observed 1, expected at least 10" in " ".join(f.sentence for f in report.critical)
+
+
+@pytest.mark.parametrize("count", [0, 1, 99])
+def test_a_batch_too_small_to_judge_is_refused(arrivals: Arrivals, count: int) -> None:
+    images, labels = (values[:count] for values in arrivals.new)
+
+    report = arrivals.judged(images, labels)
+
+    assert (
+        "arriving images: expect_table_row_count_to_be_between(): "
+        f"observed {count}, expected 100 to 10000000"
+    ) in [finding.sentence for finding in report.critical]
+
+
+def test_what_cannot_be_judged_is_named(arrivals: Arrivals) -> None:
+    images, labels = (values[:200] for values in arrivals.new)
+    table = image_table(images, labels)
+    known = arrivals.accepted["digest"].to_numpy()
+
+    without = validate_batch(table, accepted=known, holdout=arrivals.holdout)
+    few = arrivals.judged(images, labels)
+
+    assert without.skipped == (
+        "the champion's view of the labels: there is no champion yet",
+        "the distribution: there is no reference profile yet",
+    )
+    assert few.skipped[1] == (
+        "the distribution: 200 images are too few to compare with accepted ones, "
+        "expected at least 500"
+    )
+
+
+def test_a_profile_of_the_same_images_has_no_drift_and_survives_json(arrivals: Arrivals) -> None:
+    profile = reference_profile(arrivals.accepted)
+
+    assert ReferenceProfile.model_validate_json(profile.model_dump_json()) == profile
+    assert drift_table(arrivals.accepted, profile).iloc[0].tolist() == [0.0] * len(FEATURES)
+
+
+def test_the_stability_index_is_the_sum_that_its_definition_states() -> None:
+    profile = ReferenceProfile(features={"ink": FeatureProfile(edges=(0.5,), counts=(749, 249))})
+    table = pd.DataFrame({"ink": [0.1] * 49 + [0.9] * 49})
+
+    index = drift_table(table, profile)["psi_ink"].item()
+
+    p, q = np.array([0.5, 0.5]), np.array([749.5, 249.5]) / 999
+    assert index == pytest.approx(((p - q) * np.log(p / q)).sum())
+
+
+def test_a_profile_of_nothing_is_refused(arrivals: Arrivals) -> None:
+    with pytest.raises(ValueError, match="no images to make a reference profile of"):
+        reference_profile(arrivals.accepted[:0])
+
+
+def test_a_profile_whose_parts_do_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="1 edges and 3 counts; expected ascending edges"):
+        FeatureProfile(edges=(0.5,), counts=(1, 2, 3))
