@@ -1,0 +1,392 @@
+"""Pictures of an evaluation, as PNG bytes, readable on light and on dark pages."""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from mnist_cnn.corruptions import BATCH, CORRUPTIONS, corrupted
+from mnist_cnn.digits import CLASSES, SIDE, Digits
+from mnist_cnn.evaluation import Evaluation, Outcomes
+from mnist_cnn.factors import ConditionResult
+from mnist_cnn.saliency import map_saliency
+from mnist_cnn.statistics import STYLES, Floats, Interval
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_PAPER, _TEXT, _FAINT, _LINES = "#fcfcfa", "#1c2430", "#5b6675", "#dfe3e8"
+_CANDIDATE, _CHAMPION, _ERROR = "#1d5fd1", "#d9700a", "#c22f2f"
+
+# An opaque sheet with dark text reads the same on a light and on a dark page.
+_STYLE: Any = {
+    "figure.facecolor": _PAPER,
+    "savefig.facecolor": _PAPER,
+    "savefig.edgecolor": _LINES,
+    "axes.facecolor": _PAPER,
+    "axes.edgecolor": _FAINT,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9,
+    "grid.color": _LINES,
+    "grid.linewidth": 0.8,
+    "font.size": 9,
+    "text.color": _TEXT,
+    "axes.labelcolor": _TEXT,
+    "axes.titlecolor": _TEXT,
+    "xtick.color": _FAINT,
+    "ytick.color": _FAINT,
+    "legend.frameon": False,
+}
+
+
+@contextmanager
+def _sheet(width: float, height: float) -> Iterator[tuple["Figure", io.BytesIO]]:
+    """Yield an empty figure in our style and the buffer that holds its PNG afterwards."""
+    import matplotlib as mpl  # noqa: PLC0415 - only pictures need it
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    png = io.BytesIO()
+    with mpl.rc_context(_STYLE):
+        figure = Figure((width, height), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure, png
+        figure.savefig(png, metadata={"Software": None}, edgecolor=_LINES, linewidth=2)
+
+
+def _heading(figure: "Figure", title: str, subtitle: str) -> None:
+    figure.suptitle(f"{title}\n", x=0.01, ha="left", fontsize=13, fontweight="bold")
+    figure.text(0.01, 0.985, f"\n\n{subtitle}", ha="left", va="top", fontsize=9, color=_FAINT)
+
+
+def plot_confusion(evaluation: Evaluation) -> bytes:
+    """Draw the confusion matrix; the diagonal is left pale, so that the errors stand out."""
+    confusion = np.array(evaluation.confusion)
+    errors = np.ma.masked_array(confusion, np.eye(CLASSES, dtype=bool) | (confusion == 0))
+    highest = max(1, int(errors.max()) if errors.count() else 1)
+    with _sheet(7.2, 7.4) as (figure, png):
+        _heading(
+            figure,
+            "Which digit is taken for which",
+            f"Number of test images, {evaluation.images:,} in all, of which "
+            f"{evaluation.confidence.errors:,} are misread. Red: errors; grey: right answers.",
+        )
+        axes = figure.subplots()
+        axes.imshow(errors, cmap="Reds", vmin=-highest * 0.25, vmax=highest * 1.1)
+        for true in range(CLASSES):
+            for predicted in range(CLASSES):
+                count = int(confusion[true, predicted])
+                right = true == predicted
+                if right:
+                    axes.add_patch(_cell(predicted, true))
+                axes.text(
+                    predicted,
+                    true,
+                    f"{count:,}" if count or right else "·",
+                    ha="center",
+                    va="center",
+                    color="white"
+                    if not right and count > highest * 0.6
+                    else _TEXT
+                    if count
+                    else "#b6bec8",
+                    fontweight="normal" if right or not count else "bold",
+                )
+        axes.set(
+            xlabel="predicted digit",
+            ylabel="true digit",
+            xticks=range(CLASSES),
+            yticks=range(CLASSES),
+        )
+        axes.grid(visible=False)
+        axes.tick_params(length=0)
+    return png.getvalue()
+
+
+def _cell(column: int, row: int) -> Any:
+    from matplotlib.patches import Rectangle  # noqa: PLC0415 - only pictures need it
+
+    return Rectangle((column - 0.5, row - 0.5), 1, 1, color="#e6e9ed", linewidth=0)
+
+
+def _named(
+    candidate: Evaluation, champion: Evaluation | None
+) -> list[tuple[str, str, str, Evaluation]]:
+    """Return name, colour, marker and evaluation of the models to compare, the champion first."""
+    ours = ("candidate", _CANDIDATE, "o", candidate)
+    return [("champion", _CHAMPION, "s", champion), ours] if champion else [ours]
+
+
+def plot_factors(candidate: Evaluation, champion: Evaluation | None = None) -> bytes:
+    """Draw accuracy against strength for every corruption, candidate against champion."""
+    columns = 5
+    rows = -(-(len(CORRUPTIONS) + 1) // columns)
+    with _sheet(14, 2.75 * rows + 0.9) as (figure, png):
+        _heading(
+            figure,
+            "Accuracy under corrupted images",
+            f"Percent of {candidate.images:,} test images that are read rightly; bars: 95 % "
+            "intervals (Wilson); dashed: clean images. The scales of the panels differ.",
+        )
+        panels = figure.subplots(rows, columns).flat
+        for corruption in CORRUPTIONS:
+            axes = next(panels)
+            axes.set_title(corruption.name)
+            for name, colour, marker, evaluation in _named(candidate, champion):
+                results = [c for c in evaluation.conditions if c.corruption == corruption.name]
+                _draw_points(axes, results, name, colour, marker)
+                axes.axhline(evaluation.accuracy * 100, color=colour, dashes=(3, 3), linewidth=0.9)
+            axes.set_xticks(
+                range(len(corruption.strengths)), [f"{s:g}" for s in corruption.strengths]
+            )
+            axes.set_xlabel(corruption.unit, fontsize=8)
+            axes.margins(x=0.15, y=0.12)
+            axes.yaxis.set_major_formatter("{x:g} %")
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        for number, axes in enumerate(panels):
+            axes.axis("off")
+            if number == 0:
+                axes.legend(handles, labels, loc="center", fontsize=11)
+    return png.getvalue()
+
+
+def _draw_points(
+    axes: "Axes", results: list[ConditionResult], name: str, colour: str, marker: str
+) -> None:
+    known = [
+        (place, result.accuracy, result.interval)
+        for place, result in enumerate(results)
+        if result.accuracy is not None and result.interval is not None
+    ]
+    _draw_intervals(
+        axes,
+        [place for place, _, _ in known],
+        [accuracy for _, accuracy, _ in known],
+        [interval for _, _, interval in known],
+        (name, colour, marker),
+    )
+
+
+def _draw_intervals(
+    axes: "Axes",
+    places: list[float],
+    shares: list[float],
+    intervals: list[Interval],
+    look: tuple[str, str, str],
+) -> None:
+    name, colour, marker = look
+    middle = np.array(shares) * 100
+    low = np.array([interval.low for interval in intervals]) * 100
+    high = np.array([interval.high for interval in intervals]) * 100
+    axes.errorbar(
+        places,
+        middle,
+        np.stack([middle - low, high - middle]),
+        label=name,
+        color=colour,
+        marker=marker,
+        markersize=4.5,
+        linewidth=1.6,
+        elinewidth=1,
+        capsize=2,
+    )
+
+
+def plot_slices(candidate: Evaluation, champion: Evaluation | None = None) -> bytes:
+    """Draw accuracy against each natural style that the test images show."""
+    with _sheet(13, 3.9) as (figure, png):
+        _heading(
+            figure,
+            "Accuracy by natural handwriting style",
+            "Percent of the test images of each fifth of the measured range that are read rightly; "
+            "bars: 95 % intervals (Wilson).",
+        )
+        panels = figure.subplots(1, len(STYLES), sharey=True)
+        for axes, (style, unit) in zip(panels, STYLES.items(), strict=True):
+            for name, colour, marker, evaluation in _named(candidate, champion):
+                parts = [part for part in evaluation.slices if part.style == style]
+                _draw_intervals(
+                    axes,
+                    [float(place) for place in range(len(parts))],
+                    [part.accuracy for part in parts],
+                    [part.interval for part in parts],
+                    (name, colour, marker),
+                )
+                axes.set_xticks(
+                    range(len(parts)),
+                    [f"{part.low:.3g}\nto {part.high:.3g}" for part in parts],
+                    fontsize=8,
+                )
+            axes.set_title(style)
+            axes.set_xlabel(unit, fontsize=8)
+            axes.margins(x=0.12)
+            axes.yaxis.set_major_formatter("{x:g} %")
+        panels[0].legend(loc="lower center")
+    return png.getvalue()
+
+
+def plot_reliability(candidate: Evaluation, champion: Evaluation | None = None) -> bytes:
+    """Draw accuracy against confidence above the number of images at each confidence."""
+    with _sheet(6.6, 7.2) as (figure, png):
+        _heading(
+            figure,
+            "Is a confidence of 90 % right 90 % of the time?",
+            "Below the diagonal the model is too sure of itself, above it not sure enough.",
+        )
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+        above.plot([0, 100], [0, 100], color=_FAINT, dashes=(3, 3), linewidth=1)
+        models = _named(candidate, champion)
+        for place, (name, colour, marker, evaluation) in enumerate(models):
+            found = [part for part in evaluation.calibration.bins if part.images]
+            error = evaluation.calibration.expected_error
+            above.plot(
+                [(part.confidence or 0) * 100 for part in found],
+                [(part.accuracy or 0) * 100 for part in found],
+                color=colour,
+                marker=marker,
+                linewidth=1.6,
+                label=f"{name}: expected calibration error {error * 100:.2f} points",
+            )
+            width = (found[0].high - found[0].low) * 100 / (len(models) + 0.5)
+            below.bar(
+                [part.low * 100 + width * (place + 0.75) for part in found],
+                [part.images for part in found],
+                width,
+                color=colour,
+            )
+        above.set(ylabel="accuracy, %", xlim=(0, 100), ylim=(0, 102))
+        above.legend(loc="upper left")
+        below.set(xlabel="confidence, %", ylabel="images", yscale="log")
+    return png.getvalue()
+
+
+def _show(axes: "Axes", image: NDArray[Any], caption: str = "", size: float = 8) -> None:
+    axes.imshow(image, cmap="gray", vmin=0, vmax=255)
+    axes.set_title(caption, fontsize=size, fontweight="normal", loc="center", pad=3)
+    axes.axis("off")
+
+
+def plot_errors(outcomes: Outcomes, digits: Digits, most: int = 32) -> bytes:
+    """Draw the errors that the model was surest of, with true and predicted digit."""
+    predicted = outcomes.probabilities.argmax(1)
+    confidence = outcomes.probabilities.max(1)
+    wrong = np.flatnonzero(predicted != digits.labels)
+    worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:most]
+    columns = 8
+    rows = max(1, -(-len(worst) // columns))
+    with _sheet(9.6, 1.55 * rows + 0.9) as (figure, png):
+        _heading(
+            figure,
+            f"The {len(worst)} surest of {len(wrong)} errors",
+            "True digit → predicted digit, with the confidence in the wrong one.",
+        )
+        panels = figure.subplots(rows, columns, squeeze=False).flat
+        for axes in panels:
+            axes.axis("off")
+        for axes, image in zip(figure.axes, worst, strict=False):
+            caption = f"{digits.labels[image]} → {predicted[image]}   {confidence[image]:.0%}"
+            _show(axes, digits.images[image], caption, 9)
+    return png.getvalue()
+
+
+def plot_corruptions(digits: Digits, seed: int = 0) -> bytes:
+    """Draw one image under every corruption at every strength."""
+    example = int(np.argmax(digits.labels == 5))  # noqa: PLR2004 - a five has curves and corners
+    images = torch.tensor(digits.images[example : example + BATCH])
+    columns = 1 + max(len(corruption.strengths) for corruption in CORRUPTIONS)
+    rows = -(-len(CORRUPTIONS) // 2)
+    with _sheet(13, 1.32 * rows + 0.9) as (figure, png):
+        _heading(
+            figure,
+            "Every corruption at every strength",
+            "One test image, clean and corrupted; the numbers are strengths in the unit given.",
+        )
+        halves = figure.subfigures(1, 2, wspace=0.03)
+        for half, corruptions in zip(halves, (CORRUPTIONS[:rows], CORRUPTIONS[rows:]), strict=True):
+            half.set_facecolor(_PAPER)
+            panels = half.subplots(rows, columns, squeeze=False)
+            for axes in panels.flat:
+                axes.axis("off")
+            for row, corruption in zip(panels, corruptions, strict=False):
+                _show(row[0], digits.images[example], "clean")
+                unit = corruption.unit.replace(", ", ",\n").replace(" of ", "\nof ", 1)
+                row[0].text(
+                    -0.15,
+                    0.5,
+                    f"{corruption.name}\n",
+                    transform=row[0].transAxes,
+                    ha="right",
+                    va="center",
+                    fontweight="bold",
+                )
+                row[0].text(
+                    -0.15,
+                    0.42,
+                    unit,
+                    transform=row[0].transAxes,
+                    ha="right",
+                    va="top",
+                    fontsize=7,
+                    color=_FAINT,
+                )
+                for axes, strength in zip(row[1:], corruption.strengths, strict=False):
+                    spoiled = next(corrupted(images, corruption, strength, seed))
+                    _show(axes, spoiled[0].numpy(), f"{strength:g}")
+    return png.getvalue()
+
+
+def plot_examination(model: nn.Module, outcomes: Outcomes, digits: Digits) -> bytes:
+    """Draw for each digit what the model takes for it and where it looks.
+
+    Rows: the mean of the images read as the digit, the surest of them, the least sure, and the
+    surest under its saliency map. A digit that is never predicted stays empty.
+    """
+    predicted, confidence = outcomes.probabilities.argmax(1), outcomes.probabilities.max(1)
+    rows = ("mean of all\nread as it", "surest", "least sure", "where hiding\nhurts")
+    with _sheet(11.5, 5.9) as (figure, png):
+        _heading(
+            figure,
+            "What the model takes for each digit, and where it looks",
+            "Last row: how far hiding a square of 5 px around a place lowers the probability of "
+            "the surest image's answer (red: most).",
+        )
+        panels = figure.subplots(len(rows), CLASSES)
+        for axes in panels.flat:
+            axes.axis("off")
+        for name, row in zip(rows, panels, strict=True):
+            row[0].text(-0.15, 0.5, name, transform=row[0].transAxes, ha="right", va="center")
+        for digit, column in enumerate(panels.T):
+            read = np.flatnonzero(predicted == digit)
+            if len(read):
+                surest = digits.images[read[confidence[read].argmax()]]
+                doubtful = read[confidence[read].argmin()]
+                _show(column[0], digits.images[read].mean(0), f"{digit}", 11)
+                _show(column[1], surest, f"{confidence[read].max():.1%}")
+                truth = digits.labels[doubtful]
+                _show(
+                    column[2], digits.images[doubtful], f"{confidence[doubtful]:.0%}, is a {truth}"
+                )
+                _show(column[3], surest)
+                _overlay(column[3], map_saliency(model, surest[None])[0])
+    return png.getvalue()
+
+
+def _overlay(axes: "Axes", saliency: Floats) -> None:
+    share = np.clip(saliency / max(float(saliency.max()), 1e-12), 0, 1)
+    red = np.zeros((SIDE, SIDE, 4))
+    red[..., 0], red[..., 1] = 1.0, 0.25
+    red[..., 3] = share * 0.85
+    axes.imshow(red, interpolation="bilinear")
