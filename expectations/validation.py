@@ -105,9 +105,9 @@ def validate_batch(
     pairs = [(suites.arriving_images(with_champion=with_champion), joined)]
     skipped = []
     if not with_champion:
-        skipped.append("the champion's view of the labels: there is no champion yet")
+        skipped.append("the champion's view of the labels: no champion was asked")
     if reference is None:
-        skipped.append("the distribution: there is no reference profile yet")
+        skipped.append("the distribution: no reference profile was given")
     elif len(table) < FEWEST_FOR_DRIFT:
         skipped.append(
             f"the distribution: {len(table)} images are too few to compare with accepted ones, "

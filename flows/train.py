@@ -4,13 +4,14 @@ from prefect import flow, runtime
 from prefect.client.schemas import State
 from prefect.states import Completed, Failed
 
-from mnist_cnn.promotion import PromotionPolicy, decide
+from mnist_cnn.promotion import POLICIES, PromotionPolicy
 from mnist_cnn.training import Device, TrainingConfig
-from tasks.evaluate import evaluate_model
+from tasks.decide import decide_promotion
+from tasks.evaluate import evaluate_models
 from tasks.preflight import check_services
 from tasks.records import RejectedSnapshot
-from tasks.registry import find_champion, register_candidate, set_champion
-from tasks.report import record_decision, report_decision, report_rejection
+from tasks.registry import find_champion, register_candidate, set_challenger, set_champion
+from tasks.report import report_decision, report_rejection
 from tasks.snapshot import Dataset, take_snapshot
 from tasks.storage import DEFAULT_STORE
 from tasks.train import train_model
@@ -27,7 +28,7 @@ def name_run() -> str:
 def train(
     dataset: Dataset = "mnist",
     training: TrainingConfig = TrainingConfig(),
-    promotion: PromotionPolicy = PromotionPolicy(),
+    promotion: PromotionPolicy | None = None,
     store: str = DEFAULT_STORE,
     device: Device = "auto",
 ) -> State[object]:
@@ -36,7 +37,7 @@ def train(
     Args:
         dataset: `mnist`, `digits` (the embedded sample), or `auto`: MNIST if it can be had.
         training: How the CNN is trained.
-        promotion: What the candidate has to prove.
+        promotion: What the candidate has to prove; empty: the data set's own policy.
         store: Where data and records are kept, `s3://BUCKET` or `s3://BUCKET/PREFIX`.
         device: `auto` takes cuda, else mps, else cpu.
 
@@ -49,14 +50,18 @@ def train(
         return Failed(name=summary.verdict, message=summary.reason)
     candidate = train_model(validated, training, device)
     champion = find_champion(candidate.name)
-    measured = evaluate_model(candidate.model, "candidate", snapshot)
-    champion_measured = evaluate_model(champion.model, "champion", snapshot) if champion else None
-    decision = decide(measured, champion_measured, promotion)
-    record = record_decision(decision, snapshot)
+    models = {"candidate": candidate.model} | ({"champion": champion.model} if champion else {})
+    measured = evaluate_models(models, snapshot)
+    policy = promotion or POLICIES.get(snapshot.dataset)
+    decision, record = decide_promotion(
+        measured["candidate"], measured.get("champion"), snapshot, policy
+    )
     version = register_candidate(candidate, decision, record)
     if decision.verdict == "promote":
         set_champion(version, replaces=champion)
+    if decision.verdict == "needs-approval":
+        set_challenger(version)
     summary = report_decision(
-        validated, candidate, (measured, champion_measured), decision, (version, champion)
+        validated, candidate, measured, (decision, record), (version, champion)
     )
     return Completed(name=summary.verdict, message=summary.reason)

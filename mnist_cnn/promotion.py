@@ -151,9 +151,9 @@ class PromotionPolicy(BaseModel, frozen=True, extra="forbid"):
         0.02,
         gt=0,
         lt=1,
-        description="Most accuracy that may be lost in one digit: 20 of its 1,000 images, which the "
-        "floor of the worst digit bounds in total. Two seeds differ on up to 9 of 1,000 images of a "
-        "digit; an equal model then proves it in 100 %, 95 % and 67 % of first, tenth and 52nd "
+        description="Most accuracy that may be lost in one digit: 20 of its 1,000 images, which "
+        "the floor of the worst digit bounds in total. Two seeds differ on up to 9 of 1,000 images "
+        "of a digit; an equal model then proves it in 100 %, 95 % and 67 % of first, tenth and 52nd "
         "decisions. With a margin of 0.01 it would be 79 %, 15 % and 1 %.",
     )
     factor_margin: float = Field(
@@ -164,6 +164,22 @@ class PromotionPolicy(BaseModel, frozen=True, extra="forbid"):
         "to 500 of 10,000 images; an equal model then nearly always proves it. Seeds truly differ "
         "by 1 point in one of ten pairs under mild noise: a margin of 0.01 would pick seeds.",
     )
+
+
+POLICIES = {
+    "mnist": PromotionPolicy(),
+    # The sample is there to try the line out. Four seeds of the recipe, on a fifth of its training
+    # split, reach 0.996 overall, 0.97 in the worst digit (one of 31 images) and 0.81 and 0.82 under
+    # the worst conditions; its images were scaled up from 8 x 8 and look different under each.
+    "digits": PromotionPolicy(
+        accuracy_floor=0.96,
+        worst_class_floor=0.85,
+        shifted_prior_floor=0.94,
+        factor_floors=dict.fromkeys(FACTOR_FLOORS, 0.7),
+    ),
+}
+"""What each data set's models have to prove; a data set that is not named here has no policy, and
+without one nothing is promoted."""
 
 
 @dataclass(frozen=True, eq=False)

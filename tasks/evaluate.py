@@ -1,19 +1,22 @@
-"""Measure candidate and champion afresh on the same test images."""
+"""Measure candidate and champion afresh on the same test images, clean and corrupted."""
 
 import io
 import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from prefect import get_run_logger, runtime, task
 
-from mnist_cnn.digits import Digits
-from mnist_cnn.evaluation import Evaluation, evaluate, predict
+from mnist_cnn.cost import measure_size, measure_times
+from mnist_cnn.evaluation import Evaluation, Outcomes, evaluate, measure_all
+from mnist_cnn.statistics import measure_shift
 from tasks.records import Snapshot
 from tasks.storage import Store, read_split, worth_another_try
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from torch import nn
 
 
@@ -22,49 +25,72 @@ class ModelUnusable(RuntimeError):
 
 
 @task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
-def evaluate_model(model: str, role: str, snapshot: Snapshot) -> Evaluation:
-    """Load `model`, classify the snapshot's test split and store the outcome of every image.
+def evaluate_models(models: Mapping[str, str], snapshot: Snapshot) -> dict[str, Evaluation]:
+    """Measure models, given as role and address, on the snapshot's test split.
 
-    `role` is "candidate" or "champion". Raises ModelUnusable for a model that does not load.
+    Every model sees the very same images, and each is corrupted only once. The outcome of every
+    image is stored. Raises ModelUnusable for a model that does not load or classify.
     """
-    digits = read_split(snapshot, "test")
-    network = load_model(model)
+    logger = get_run_logger()
+    train, test = read_split(snapshot, "train"), read_split(snapshot, "test")
+    loaded = {role: load_model(address) for role, address in models.items()}
+    networks = {role: network for role, (network, _) in loaded.items()}
     try:
-        probabilities = predict(network, digits.images)
-    except (ValueError, RuntimeError) as error:
-        raise ModelUnusable(f"{role} {model} cannot classify the test split: {error}") from error
-    outcomes = Store(snapshot.store).put(
-        f"runs/{runtime.flow_run.id}/{role}-outcomes.parquet", _outcomes(probabilities, digits)
-    )
-    measured = evaluate(
-        probabilities, digits, model=model, snapshot=snapshot.digest, outcomes=outcomes
-    )
-    get_run_logger().info("%s %s: accuracy %.4f", role, model, measured.accuracy)
-    return measured
+        measured = measure_all(networks, test)
+    except ValueError as error:
+        raise ModelUnusable(
+            f"{error}; the addresses are {dict(models)}: roll back to a version that works, "
+            "or retrain"
+        ) from error
+    shift = measure_shift(train, test)
+    store = Store(snapshot.store)
+    evaluations = {}
+    for role, outcomes in measured.items():
+        network, file_bytes = loaded[role]
+        name = f"runs/{runtime.flow_run.id}/{role}-outcomes.npz"
+        evaluations[role] = evaluate(
+            outcomes,
+            test,
+            model=models[role],
+            snapshot=snapshot.digest,
+            outcomes=store.put(name, _packed(outcomes)),
+            shift=shift,
+            size=measure_size(network, file_bytes=file_bytes),
+            times=measure_times(network, test.images, outcomes.seconds),
+        )
+        store.put(
+            f"runs/{runtime.flow_run.id}/{role}-evaluation.json",
+            evaluations[role].model_dump_json(indent=1).encode(),
+        )
+        logger.info("%s %s: accuracy %.4f", role, models[role], evaluations[role].accuracy)
+        for gap in evaluations[role].gaps:
+            logger.warning("%s was not measured completely: %s", role, gap)
+    return evaluations
 
 
-def load_model(model: str) -> "nn.Module":
-    """Load a model from MLflow with unpickling forbidden; it maps uint8 (N, 28, 28) to logits."""
-    import mlflow.pytorch  # noqa: PLC0415 - 2 s to import
+def load_model(address: str) -> "tuple[nn.Module, int]":
+    """Load a model from MLflow with unpickling forbidden; return it and the bytes of its file.
+
+    The module maps uint8 (N, 28, 28) to float32 logits (N, 10).
+    """
+    import mlflow.artifacts  # noqa: PLC0415 - 2 s to import
+    import mlflow.pytorch  # noqa: PLC0415
     from mlflow.exceptions import MlflowException  # noqa: PLC0415
 
     os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
-    try:
-        network: nn.Module = mlflow.pytorch.load_model(model)
-    except (MlflowException, OSError, RuntimeError) as error:
-        raise ModelUnusable(
-            f"{model} does not load ({error}); its artifact is gone or damaged: roll back to a "
-            "version that loads, or retrain"
-        ) from error
-    return network
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            path = mlflow.artifacts.download_artifacts(address, dst_path=folder)
+            network: nn.Module = mlflow.pytorch.load_model(path)
+        except (MlflowException, OSError, RuntimeError) as error:
+            raise ModelUnusable(
+                f"{address} does not load ({error}); its artifact is gone or damaged: roll back to "
+                "a version that loads, or retrain"
+            ) from error
+        return network, (Path(path) / "data" / "model.pt2").stat().st_size
 
 
-def _outcomes(probabilities: "NDArray[np.float32]", digits: Digits) -> bytes:
-    """Write label and probabilities of each image, in the order of the test split, as Parquet."""
-    import pyarrow as pa  # noqa: PLC0415
-    import pyarrow.parquet as pq  # noqa: PLC0415
-
-    columns = {f"p{digit}": probabilities[:, digit] for digit in range(probabilities.shape[1])}
+def _packed(outcomes: Outcomes) -> bytes:
     content = io.BytesIO()
-    pq.write_table(pa.table({"label": digits.labels, **columns}), content, compression="zstd")
+    np.savez_compressed(content, allow_pickle=False, **outcomes.arrays())
     return content.getvalue()

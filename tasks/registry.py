@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion as RegisteredVersion
 
 CHAMPION = "champion"
+CHALLENGER = "challenger"
 
 
 class RegistryError(ConnectionError):
@@ -121,6 +122,14 @@ def set_champion(version: ModelVersion, replaces: ModelVersion | None) -> None:
             "was promoted: run again to compare with the present champion"
         )
     MlflowClient().set_registered_model_alias(version.name, CHAMPION, version.version)
+
+
+@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+def set_challenger(version: ModelVersion) -> None:
+    """Point the alias `challenger` at a version that waits for a person's approval."""
+    from mlflow import MlflowClient  # noqa: PLC0415
+
+    MlflowClient().set_registered_model_alias(version.name, CHALLENGER, version.version)
 
 
 def _describe(version: "RegisteredVersion", snapshot: str | None = None) -> ModelVersion:

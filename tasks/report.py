@@ -1,10 +1,12 @@
 """Tell people what a run did: where they look, and in words."""
 
+from collections.abc import Mapping
+
 from prefect import runtime, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from mnist_cnn.evaluation import Evaluation
-from mnist_cnn.promotion import Decision
+from mnist_cnn.promotion import Decision, Verdict
 from tasks.records import (
     Candidate,
     ModelVersion,
@@ -15,12 +17,11 @@ from tasks.records import (
 )
 from tasks.storage import Store, worth_another_try
 
-
-@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
-def record_decision(decision: Decision, snapshot: Snapshot) -> str:
-    """Keep the decision with every check in S3 and return its address."""
-    name = f"runs/{runtime.flow_run.id}/decision.json"
-    return Store(snapshot.store).put(name, decision.model_dump_json(indent=1).encode())
+_STATE_NAMES: dict[Verdict, str] = {
+    "promote": "Promoted",
+    "keep": "Champion kept",
+    "needs-approval": "Awaiting approval",
+}
 
 
 @task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
@@ -43,57 +44,61 @@ def report_rejection(rejected: RejectedSnapshot) -> RunSummary:
 def report_decision(
     validated: ValidatedSnapshot,
     candidate: Candidate,
-    evaluations: tuple[Evaluation, Evaluation | None],
-    decision: Decision,
+    measured: Mapping[str, Evaluation],
+    decided: tuple[Decision, str],
     versions: tuple[ModelVersion, ModelVersion | None],
 ) -> RunSummary:
-    """Publish verdict, checks and links; the pairs are (candidate, champion before the run)."""
-    snapshot = validated.snapshot
-    measured, champion_measured = evaluations
-    version, old_champion = versions
+    """Publish verdict, checks and links.
+
+    `measured` holds "candidate" and, if there was one, "champion"; `decided` is a decision and the
+    address of its record; `versions` are the candidate's and the champion's before this run.
+    """
+    snapshot, store = validated.snapshot, Store(validated.snapshot.store)
+    (decision, record), (version, old_champion) = decided, versions
+    ours, theirs = measured["candidate"], measured.get("champion")
     champion = version if decision.verdict == "promote" else old_champion
     summary = RunSummary(
         flow_run=str(runtime.flow_run.id),
-        verdict="Promoted" if decision.verdict == "promote" else "Champion kept",
+        verdict=_STATE_NAMES[decision.verdict],
         reason=decision.reason,
         dataset=snapshot.dataset,
-        accuracy=measured.accuracy,
-        champion_accuracy=champion_measured.accuracy if champion_measured else None,
+        accuracy=ours.accuracy,
+        champion_accuracy=theirs.accuracy if theirs else None,
         version=version.model,
         champion_before=old_champion.model if old_champion else None,
         champion=champion.model if champion else None,
         links={
             **_data_links(snapshot, validated.report),
             **_mlflow_links(candidate, version),
-            "decision record": Store(snapshot.store).link(
-                f"runs/{runtime.flow_run.id}/decision.json"
-            ),
+            "decision record": store.link(store.name_of(record)),
         },
     )
     checks = [
         {
             "check": check.name,
-            "observed": f"{check.observed:.4f}",
-            "threshold": f"{check.threshold:.4f}",
+            "observed": "not measured" if check.observed is None else f"{check.observed:.4g}",
+            "threshold": f"{check.threshold:.4g}",
             "verdict": "passed" if check.passed else "FAILED",
         }
         for check in decision.checks
     ]
     create_table_artifact(checks, key="checks", description=f"Checks of {version.model}")
     compared = (
-        f"Champion before this run, on the same images: accuracy {champion_measured.accuracy:.2%}."
-        if champion_measured
+        f"The champion before this run, on the same images: accuracy {theirs.accuracy:.2%}."
+        if theirs
         else "There was no champion before this run."
     )
     body = [
         (
-            f"Candidate {version.model}: accuracy {measured.accuracy:.2%}, "
-            f"loss {measured.loss:.4f}, macro F1 {measured.macro_f1:.4f} "
-            f"on {measured.images:,} test images."
+            f"Candidate {version.model}: accuracy {ours.accuracy:.2%}, loss {ours.loss:.4f}, "
+            f"macro F1 {ours.macro_f1:.4f} on {ours.images:,} test images. {compared}"
         ),
-        compared,
+        (
+            f"This test split has decided {decision.decisions} times; every test of this decision "
+            f"has the level {decision.level:.4g}."
+        ),
         _table(checks),
-        _per_class(measured, champion_measured),
+        _per_class(ours, theirs),
         "\n".join(f"- warning: {warning}" for warning in validated.warnings),
     ]
     _publish(summary, snapshot, "\n\n".join(body))
@@ -132,21 +137,22 @@ def _mlflow_links(candidate: Candidate, version: ModelVersion) -> dict[str, str]
 
 
 def _per_class(candidate: Evaluation, champion: Evaluation | None) -> str:
+    champions = champion.classes if champion else [None] * len(candidate.classes)
     rows = [
         {
             "digit": str(ours.digit),
             "images": str(ours.support),
-            "recall": f"{ours.recall:.4f}",
-            "precision": f"{ours.precision:.4f}",
-            **(
-                {"champion's recall": f"{champion.classes[ours.digit].recall:.4f}"}
-                if champion
-                else {}
-            ),
+            "recall": _share(ours.recall),
+            "precision": _share(ours.precision),
+            **({"champion's recall": _share(theirs.recall)} if theirs else {}),
         }
-        for ours in candidate.classes
+        for ours, theirs in zip(candidate.classes, champions, strict=True)
     ]
     return _table(rows)
+
+
+def _share(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4f}"
 
 
 def _table(rows: list[dict[str, str]]) -> str:

@@ -10,7 +10,6 @@ and differ on images as real models do. A test split is 10,000 images drawn with
 for each repetition, and decides in all of its weeks, as in production. Every candidate counts as
 trained on newer data than the champion: the case in which `decide` is most willing.
 """
-# ruff: noqa: T201 - a benchmark prints its table
 
 import argparse
 import json

@@ -197,8 +197,8 @@ def test_what_cannot_be_judged_is_named(arrivals: Arrivals) -> None:
     few = arrivals.judged(images, labels)
 
     assert without.skipped == (
-        "the champion's view of the labels: there is no champion yet",
-        "the distribution: there is no reference profile yet",
+        "the champion's view of the labels: no champion was asked",
+        "the distribution: no reference profile was given",
     )
     assert few.skipped[1] == (
         "the distribution: 200 images are too few to compare with accepted ones, "

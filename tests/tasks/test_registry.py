@@ -39,6 +39,10 @@ def decision(candidate: Candidate, verdict: str = "keep") -> Decision:
         candidate=candidate.model,
         champion=None,
         snapshot=candidate.snapshot,
+        comparisons=[],
+        test_split="def",
+        decisions=1,
+        level=0.025,
     )
 
 

@@ -1,0 +1,69 @@
+"""Gather what the decision needs, decide purely, and keep the record."""
+
+import io
+from datetime import UTC, datetime
+
+import numpy as np
+from prefect import get_run_logger, runtime, task
+
+from mnist_cnn.digits import Digits
+from mnist_cnn.evaluation import Evaluation
+from mnist_cnn.promotion import Decision, PromotionPolicy, ReuseHistory, Scored, decide
+from tasks.records import Snapshot
+from tasks.storage import Store, read_split, worth_another_try
+
+
+@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+def decide_promotion(
+    candidate: Evaluation,
+    champion: Evaluation | None,
+    snapshot: Snapshot,
+    policy: PromotionPolicy | None,
+) -> tuple[Decision, str]:
+    """Decide whether the candidate replaces the champion; return the decision and its address.
+
+    The record of every decision on a test split lies together, promotions and rejections alike, so
+    that they can be counted. A repeat within the same flow run returns what was decided.
+    """
+    store = Store(snapshot.store)
+    test = read_split(snapshot, "test")
+    test_split = test.digest()
+    folder = f"datasets/{snapshot.dataset}/decisions/{test_split}/"
+    earlier = store.names(folder)  # they begin with the time, so that this is their order
+    for name in earlier:
+        if name.endswith(f"{runtime.flow_run.id}.json"):
+            return Decision.model_validate_json(store.get(name)), store.address_of(name)
+    decided = [Decision.model_validate_json(store.get(name)) for name in earlier]
+    history = ReuseHistory(test_split, tuple(decision.candidate for decision in decided))
+    decision = decide(
+        _scored(candidate, store, test, test_split),
+        _scored(champion, store, test, test_split) if champion else None,
+        policy,
+        history,
+    )
+    name = f"{folder}{datetime.now(UTC):%Y-%m-%dT%H-%M-%S.%f}-{runtime.flow_run.id}.json"
+    address = store.put(name, decision.model_dump_json(indent=1).encode())
+    get_run_logger().info("%s: %s", decision.verdict, decision.reason)
+    return decision, address
+
+
+def _scored(measured: Evaluation, store: Store, test: Digits, test_split: str) -> Scored:
+    """Read the outcome of every image and put it beside the figures."""
+    arrays = np.load(io.BytesIO(store.get(store.name_of(measured.outcomes))), allow_pickle=False)
+    right = arrays["probabilities"].argmax(1) == test.labels
+    return Scored(
+        model=measured.model,
+        snapshot=measured.snapshot,
+        test_split=test_split,
+        labels=test.labels,
+        right=right,
+        factors={
+            name: arrays[name] == test.labels for name in arrays.files if name != "probabilities"
+        },
+        data_until=None,
+        shifted_prior_accuracy=measured.priors.worst.accuracy,
+        calibration_error=measured.calibration.expected_error,
+        error_confidence=measured.confidence.when_wrong,
+        latency_ms=measured.times.single_image_ms if measured.times else None,
+        size_bytes=measured.size.file_bytes if measured.size else None,
+    )
