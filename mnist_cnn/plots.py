@@ -315,9 +315,8 @@ def plot_corruptions(digits: Digits, seed: int = 0) -> bytes:
             "One test image, clean and corrupted; the numbers are strengths in the unit given.",
         )
         halves = figure.subfigures(1, 2, wspace=0.03)
-        for half, corruptions in zip(
-            np.atleast_1d(halves), (CORRUPTIONS[:rows], CORRUPTIONS[rows:]), strict=True
-        ):
+        assert isinstance(halves, np.ndarray)
+        for half, corruptions in zip(halves, (CORRUPTIONS[:rows], CORRUPTIONS[rows:]), strict=True):
             half.set_facecolor(_PAPER)
             panels = half.subplots(rows, columns, squeeze=False)
             for axes in panels.flat:
