@@ -79,10 +79,10 @@ def test_a_stopped_group_can_be_gone_on_with_by_one_process(
     digits: Digits, alone: Training, tmp_path: Path
 ) -> None:
     store = LocalCheckpoints(tmp_path)
-    with pytest.raises(TrainingStopped, match=r"of 12 \(SIGTERM\); run it again"):
+    with pytest.raises(TrainingStopped, match=r"of 12 \(SIGTERM\); run it again") as stopped:
         train_distributed(digits, CONFIG, 2, "cpu", checkpoints=store, stop=lambda: "SIGTERM")
     resumed = train(digits, CONFIG, "cpu", checkpoints=store)
-    assert resumed.resumed_from is not None
+    assert resumed.resumed_from == stopped.value.step
     assert resumed.warnings == []
     _assert_close(resumed, alone)
 
