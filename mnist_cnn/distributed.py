@@ -103,8 +103,13 @@ def train_distributed(
                 launcher.wait()
                 if writer:
                     writer.close()
-        if told.failure is not None:
-            raise told.failure
+        failure = told.failure
+        if isinstance(failure, TrainingStopped):
+            # What the workers kept goes with the folder; what counts is the caller's store.
+            saved = writer is not None and writer.newest == failure.step
+            failure = TrainingStopped(failure.reason, failure.step, failure.steps, saved=saved)
+        if failure is not None:
+            raise failure
         if launcher.returncode:
             said = (folder / "log").read_text(errors="replace")
             raise RuntimeError(
