@@ -1,8 +1,11 @@
 """The weekly run, from data to a promoted model."""
 
+from typing import Annotated
+
 from prefect import flow, runtime
 from prefect.client.schemas import State
 from prefect.states import Completed, Failed
+from pydantic import Field
 
 from mnist_cnn.promotion import POLICIES, PromotionPolicy
 from mnist_cnn.training import Device, TrainingConfig
@@ -16,6 +19,8 @@ from tasks.snapshot import Dataset, take_snapshot
 from tasks.storage import DEFAULT_STORE
 from tasks.train import train_model
 from tasks.validate import validate_snapshot
+
+Processes = Annotated[int, Field(ge=1, le=64)]
 
 
 def name_run() -> str:
@@ -31,6 +36,7 @@ def train(
     promotion: PromotionPolicy | None = None,
     store: str = DEFAULT_STORE,
     device: Device = "auto",
+    processes: Processes = 1,
 ) -> State[object]:
     """Retrain on the present data, and promote the result if it is proved to be no worse.
 
@@ -40,6 +46,7 @@ def train(
         promotion: What the candidate has to prove; empty: the data set's own policy.
         store: Where data and records are kept, `s3://BUCKET` or `s3://BUCKET/PREFIX`.
         device: `auto` takes cuda, else mps, else cpu.
+        processes: More than one trains under torchrun, one process for each GPU.
 
     """
     check_services(store)
@@ -48,7 +55,7 @@ def train(
     if isinstance(validated, RejectedSnapshot):
         summary = report_rejection(validated)
         return Failed(name=summary.verdict, message=summary.reason)
-    candidate = train_model(validated, training, device)
+    candidate = train_model(validated, training, device, processes)
     champion = find_champion(candidate.name)
     models = {"candidate": candidate.model} | ({"champion": champion.model} if champion else {})
     measured = evaluate_models(models, snapshot)
