@@ -75,13 +75,13 @@ def train_distributed(
     with tempfile.TemporaryDirectory(prefix="training-") as scratch:
         folder = Path(scratch)
         local = LocalCheckpoints(folder / "checkpoints")
-        if checkpoints:
+        if checkpoints is not None:
             for name in sorted(checkpoints.list())[-_FETCHED:]:
                 local.save(name, checkpoints.load(name))
         np.save(folder / "images.npy", digits.images)
         np.save(folder / "labels.npy", digits.labels)
         (folder / "config.json").write_text(config.model_dump_json())
-        writer = Writer(checkpoints) if checkpoints else None
+        writer = Writer(checkpoints) if checkpoints is not None else None
         told = _Told(folder / _TOLD, on_progress, on_epoch)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]

@@ -1,4 +1,5 @@
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -188,7 +189,12 @@ def kill():
 config = TrainingConfig.model_validate_json('''{SMALL.model_dump_json()}''')
 train(embedded_sample()[0], config, "cpu", checkpoints=store, stop=kill)
 """
-    killed = subprocess.run([sys.executable, "-c", program], check=False, timeout=120)
+    killed = subprocess.run(
+        [sys.executable, "-c", program],
+        check=False,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert killed.returncode == -signal.SIGKILL
     told: list[EpochMetrics] = []
     resumed = train(
@@ -524,4 +530,9 @@ train(embedded_sample()[0], TrainingConfig(batch_size=64, epochs=1, min_steps=0)
 for heavy in ("torch._dynamo", "torchvision", "matplotlib", "safetensors"):
     assert heavy not in sys.modules, heavy
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-c", program],
+        check=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
