@@ -21,8 +21,8 @@ from mnist_cnn.digits import embedded_sample
 from mnist_cnn.training import TrainingConfig, train
 from tasks.storage import DEFAULT_STORE, Store
 
-STEPS = 2500
-CONFIG = TrainingConfig(min_steps=STEPS, checkpoint_every_steps=50, seed=11)
+STEPS = 1500
+CONFIG = TrainingConfig(min_steps=STEPS, batch_size=64, checkpoint_every_steps=50, seed=11)
 
 
 def prefect(*words: str) -> str:
