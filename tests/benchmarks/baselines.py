@@ -147,8 +147,8 @@ def accuracy(model: nn.Module, digits: Digits, device: torch.device) -> float:
     """Return the share of digits that a peer's model classifies rightly."""
     right = 0
     for start in range(0, len(digits), 1000):
-        pixels = torch.from_numpy(digits.images[start : start + 1000]).to(device)
+        pixels = torch.tensor(digits.images[start : start + 1000]).to(device)
         scaled = (pixels.unsqueeze(1) / 255 - 0.1307) / 0.3081
-        labels = torch.from_numpy(digits.labels[start : start + 1000]).to(device)
+        labels = torch.tensor(digits.labels[start : start + 1000]).to(device)
         right += int((model(scaled).argmax(1) == labels).sum())
     return right / len(digits)

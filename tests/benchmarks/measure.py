@@ -118,7 +118,7 @@ def _warm_up(digits: Digits, config: TrainingConfig, device: Device) -> None:
 
 @torch.inference_mode()
 def _accuracy(model: Predict, digits: Digits) -> float:
-    images, labels = torch.from_numpy(digits.images), torch.from_numpy(digits.labels)
+    images, labels = torch.tensor(digits.images), torch.tensor(digits.labels)
     answers = torch.cat([model(batch).argmax(1) for batch in _split(images, 1000)])
     return float((answers == labels).double().mean())
 
@@ -256,7 +256,7 @@ def _enlarge(digits: Digits, times: int, folder: Path | None) -> Digits:
 def measure_inference(preset: str, device: Device, rounds: int, *, compiled: bool) -> Result:
     """Time every way to predict in turn: all test images in batches, then one at a time."""
     model = train(read_digits("train"), _config(preset), device).model
-    images = torch.from_numpy(read_digits("t10k").images)
+    images = torch.tensor(read_digits("t10k").images)
     batched, single = _ways(model, compiled=compiled)
     result: Result = {"images": len(images), "agreement": {}}
     with torch.inference_mode():
