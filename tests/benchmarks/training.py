@@ -193,7 +193,7 @@ def main() -> None:
         took = time.perf_counter() - start
         runs[-1]["process_seconds"] = took
         about = " ".join(f"{k}={v}" for k, v in job.items() if v is not None)
-        print(f"[{number}/{len(jobs)}] {about}: {took:.1f} s", file=sys.stderr, flush=True)  # noqa: T201 - progress on a terminal
+        print(f"[{number}/{len(jobs)}] {about}: {took:.1f} s", file=sys.stderr, flush=True)
     add_ratios(runs[: len(trainings)])
     report["training"] = summarise(runs[: len(trainings)])
     report["runs"] = runs
@@ -206,7 +206,7 @@ def main() -> None:
         tables.append(
             about + "\n" + "\n".join(f"  {k}: {_text(v)}" for k, v in job["result"].items())
         )
-    print("\n\n".join(tables))  # noqa: T201 - the table is what this is for
+    print("\n\n".join(tables))
 
 
 def _text(value: object) -> str:
