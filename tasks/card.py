@@ -147,7 +147,9 @@ def publish_cards(
         for picture in PICTURES:
             content = store.get(f"runs/{runtime.flow_run.id}/pictures/{picture}.png")
             (Path(folder) / f"{picture}.png").write_bytes(content)
-        (Path(folder) / "model_card.md").write_text(card)
+        # The Hugging Face form, and the same for MLflow's page, which shows metadata as text.
+        (Path(folder) / "README.md").write_text(card)
+        (Path(folder) / "model_card.md").write_text(_without_metadata(card))
         (Path(folder) / "data_card.md").write_text(write_data_card(data))
         client.log_artifacts(candidate.run_id, folder, "card")
     registered = client.get_model_version(version.name, version.version)
@@ -168,7 +170,7 @@ def publish_cards(
 
 
 def _without_metadata(card: str) -> str:
-    """Cut the metadata block, which a Markdown page would show as text."""
+    """Cut the block of metadata at the top."""
     return card.split("\n---\n", 1)[-1].lstrip()
 
 
