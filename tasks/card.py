@@ -204,7 +204,8 @@ def _card_facts(
         pictures=Pictures(**{picture: link(f"{picture}.png") for picture in PICTURES}),
         architecture=tags["architecture"],
         training=TrainingFacts(
-            settings=dict(params),
+            # MLflow keeps parameters as text.
+            settings={name: None if value == "None" else value for name, value in params.items()},
             procedure=PROCEDURE,
             precision=tags["precision"],
             device=tags["device"],
