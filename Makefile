@@ -3,10 +3,13 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test up down status check clean
+.PHONY: demo run test up down status check clean
 
 demo: $(STAMP) ## set everything up, retrain once through the real stack, show what happened
-	$(BIN)/python -m deployments.demo
+	$(BIN)/python -m deployments.demo --start --param dataset=auto
+
+run: $(STAMP) ## retrain once on the stack that is up: make run PARAMS="--param dataset=digits"
+	$(BIN)/python -m deployments.demo $(PARAMS)
 
 test: $(STAMP) ## everything that the tests need, and the tests
 	$(BIN)/python -m pytest

@@ -1,6 +1,12 @@
-"""`make demo`: start the local stack, retrain once as the schedule would, show what happened."""
+"""Retrain once as the schedule would, and show what happened.
 
+`make demo` starts the local stack first; `make run` uses what `PREFECT_API_URL` names, or the local
+stack that is up.
+"""
+
+import argparse
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -16,17 +22,24 @@ from deployments.stack import PROJECT, Stack, StackError, environment, start
 from tasks.records import RunSummary
 from tasks.storage import DEFAULT_STORE, Store
 
-COMMAND = ["deployment", "run", "train/weekly", "--param", "dataset=auto"]
+COMMAND = ["deployment", "run", "train/weekly"]
 
 
 def main() -> int:
     """Return 0 only if the run completed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--start", action="store_true", help="start the local stack first")
+    parser.add_argument("--param", action="append", default=[], help="NAME=VALUE, for the flow")
+    words = parser.parse_args()
     stack = Stack.configured()
     try:
-        start(stack, deploy=PROJECT / "deployments" / "prefect.yaml")
-        os.environ |= environment(stack)
+        if words.start:
+            start(stack, deploy=PROJECT / "deployments" / "prefect.yaml")
+        if words.start or "PREFECT_API_URL" not in os.environ:
+            os.environ |= environment(stack)
         with get_client(sync_client=True) as prefect:
-            run = _watch(prefect, _trigger(prefect))
+            _demand_an_answer(prefect)
+            run = _watch(prefect, _trigger(prefect, words.param))
             _show(prefect, run)
     except StackError as error:
         print(error, file=sys.stderr)
@@ -34,15 +47,25 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\nStopped watching; the run goes on. `make down` stops everything.")
         return 130
-    print("\nThe stack stays up. Stop it with: make down")
+    if words.start:
+        print("\nThe stack stays up. Stop it with: make down")
     return 0 if run.state and run.state.is_completed() else 1
 
 
-def _trigger(prefect: SyncPrefectClient) -> FlowRun:
+def _demand_an_answer(prefect: SyncPrefectClient) -> None:
+    if fault := prefect.api_healthcheck():
+        raise StackError(
+            f"the Prefect server does not answer at {os.environ['PREFECT_API_URL']} ({fault}); "
+            "start the local one with `make up`, or correct PREFECT_API_URL"
+        )
+
+
+def _trigger(prefect: SyncPrefectClient, params: list[str]) -> FlowRun:
     """Type the command that a person would type, and find the run that it made."""
-    print(f"\n$ prefect {' '.join(COMMAND)}")
+    spoken = [*COMMAND, *(word for param in params for word in ("--param", param))]
+    print(f"\n$ prefect {shlex.join(spoken)}")
     tag = f"demo-{uuid4().hex[:8]}"
-    command = [sys.executable, "-m", "prefect", *COMMAND, "--tag", tag]
+    command = [sys.executable, "-m", "prefect", *spoken, "--tag", tag]
     typed = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
     if typed.returncode:
         raise StackError(f"the run could not be made:\n{typed.stdout}{typed.stderr}")

@@ -223,7 +223,7 @@ def test_the_demo_ends_with_verdict_and_addresses(stack: Stack) -> None:
         "STACK_S3_PORT": str(ports.s3),
     }
     demo = subprocess.run(
-        [sys.executable, "-m", "deployments.demo"],
+        [sys.executable, "-m", "deployments.demo", "--start", "--param", "dataset=auto"],
         cwd=PROJECT,
         env=os.environ | settings,
         capture_output=True,
@@ -234,3 +234,17 @@ def test_the_demo_ends_with_verdict_and_addresses(stack: Stack) -> None:
     for expected in ("train model", "the whole run", "accuracy", "/#/models/", "validation report"):
         assert expected in demo.stdout
     assert demo.stdout.strip().endswith("Stop it with: make down")
+
+
+def test_a_prefect_server_that_does_not_answer_is_named_with_what_to_start() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "deployments.demo"],
+        cwd=PROJECT,
+        env=os.environ | {"PREFECT_API_URL": "http://127.0.0.1:1/api"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert "does not answer at http://127.0.0.1:1/api" in run.stderr
+    assert "`make up`" in run.stderr
