@@ -38,8 +38,8 @@ def decide_promotion(
             return made, store.address_of(name)
     history = ReuseHistory(test_split, tuple(decision.candidate for decision in decided))
     decision = decide(
-        _scored(candidate, store, test, test_split),
-        _scored(champion, store, test, test_split) if champion else None,
+        score(candidate, store, test, test_split),
+        score(champion, store, test, test_split) if champion else None,
         policy,
         history,
     )
@@ -49,8 +49,8 @@ def decide_promotion(
     return decision, address
 
 
-def _scored(measured: Evaluation, store: Store, test: Digits, test_split: str) -> Scored:
-    """Read the outcome of every image and put it beside the figures."""
+def score(measured: Evaluation, store: Store, test: Digits, test_split: str) -> Scored:
+    """Read the outcome of every image of an evaluation and put it beside its figures."""
     arrays = np.load(io.BytesIO(store.get(store.name_of(measured.outcomes))), allow_pickle=False)
     right = arrays["probabilities"].argmax(1) == test.labels
     return Scored(

@@ -35,9 +35,16 @@ def evaluate_models(models: Mapping[str, str], snapshot: Snapshot) -> dict[str, 
     Every model sees the very same images, and each is corrupted only once. The outcome of every
     image is stored. Raises ModelUnusable for a model that does not load or classify.
     """
+    loaded = {role: load_model(address) for role, address in models.items()}
+    return evaluate_networks(loaded, models, snapshot)
+
+
+def evaluate_networks(
+    loaded: "Mapping[str, tuple[nn.Module, int]]", models: Mapping[str, str], snapshot: Snapshot
+) -> dict[str, Evaluation]:
+    """Measure networks, given with the bytes of their files, and store their outcomes."""
     logger = get_run_logger()
     train, test = read_split(snapshot, "train"), read_split(snapshot, "test")
-    loaded = {role: load_model(address) for role, address in models.items()}
     networks = {role: network for role, (network, _) in loaded.items()}
     try:
         measured = measure_all(networks, test)

@@ -12,23 +12,17 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefect import get_run_logger, runtime, task
 from prefect.artifacts import create_table_artifact
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import (
-    GlobalConcurrencyLimitCreate,
-    GlobalConcurrencyLimitUpdate,
-)
-from prefect.concurrency.sync import concurrency
-from prefect.exceptions import ObjectAlreadyExists
 
 from mnist_cnn.evaluation import Evaluation
 from mnist_cnn.promotion import Decision
 from tasks.history import Account, Action, Move, plan_move, read_history, trace
+from tasks.promotion_lock import exclusive
 from tasks.records import Candidate, ModelVersion
 from tasks.storage import Store, worth_another_try
 
@@ -40,17 +34,11 @@ CHAMPION = "champion"
 PREVIOUS = "previous"
 CHALLENGER = "challenger"
 
-_LEASE_SECONDS = 60  # the least that Prefect allows; a promotion takes one or two
-_PATIENCE_SECONDS = 600
 _NEEDED_TAGS = ("snapshot", "verdict", "compared_with", "artifact_sha256", "accuracy")
 
 
 class RegistryError(ConnectionError):
     """The registry did not answer a question that a decision depends on, or refused a write."""
-
-
-class PromotionsBusy(ConnectionError):
-    """Other promotions of this model did not end in time."""
 
 
 class Refused(ValueError):
@@ -263,38 +251,6 @@ def show_history(name: str, store: str) -> tuple[int, list[str]]:
         logger.warning("move %d was restored from the registry's tag", move.sequence)
     create_table_artifact(rows, key=f"history-{name}", description=f"Champions of {name}")
     return len(rows), [*history.problems, *unexplained]
-
-
-@contextmanager
-def exclusive(name: str) -> Iterator[None]:
-    """Hold the only right to move the aliases of a model, on any machine of this Prefect server.
-
-    A holder that dies blocks the others for its lease of a minute, no longer.
-    """
-    limit = f"promote-{name}"
-    with get_client(sync_client=True) as prefect:
-        try:
-            wanted = GlobalConcurrencyLimitCreate(name=limit, limit=1)
-            prefect.create_global_concurrency_limit(wanted)
-        except ObjectAlreadyExists:  # perhaps with another limit, or switched off, by hand
-            bound = GlobalConcurrencyLimitUpdate(limit=1, active=True)
-            prefect.update_global_concurrency_limit(limit, bound)
-    with ExitStack() as held:
-        try:
-            held.enter_context(
-                concurrency(
-                    limit,
-                    timeout_seconds=_PATIENCE_SECONDS,
-                    lease_duration=_LEASE_SECONDS,
-                    strict=True,
-                )
-            )
-        except TimeoutError as error:
-            raise PromotionsBusy(
-                f"other runs held the concurrency limit {limit} for {_PATIENCE_SECONDS} s; nothing "
-                "was moved: look for a promotion that hangs, cancel it, and run again"
-            ) from error
-        yield
 
 
 def digest_artifacts(address: str) -> str:
