@@ -18,7 +18,7 @@ from tasks.registry import (
 )
 from tasks.storage import DEFAULT_STORE
 
-Words = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
+Words = Annotated[str, StringConstraints(min_length=1, pattern=r"\S")]
 Number = Annotated[int, Field(ge=1)]
 
 

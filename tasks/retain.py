@@ -155,9 +155,10 @@ def _remove_artifacts(name: str, number: str) -> bool:
             return False
         # The tag first: a version whose artifacts are half gone must say so.
         client.set_model_version_tag(name, number, REMOVED, f"{datetime.now(UTC):%Y-%m-%d}")
-        get_artifact_repository(
+        repository: Any = get_artifact_repository(  # its methods have no types
             client.get_model_version_download_uri(name, number)
-        ).delete_artifacts()
+        )
+        repository.delete_artifacts()
     return True
 
 

@@ -144,7 +144,7 @@ def test_a_version_that_no_longer_does_what_it_did_is_not_usable(awaiting: State
     recorded = MlflowClient().get_model_version(NAME, version.version).tags["accuracy"]
     MlflowClient().set_model_version_tag(NAME, version.version, "accuracy", "0.5")
     try:
-        with pytest.raises(ModelUnusable, match="had 0.5000 when it was evaluated"):
+        with pytest.raises(ModelUnusable, match=r"had 0\.5000 when it was evaluated"):
             try_version.fn(version, PLACE)
     finally:
         MlflowClient().set_model_version_tag(NAME, version.version, "accuracy", recorded)
