@@ -80,6 +80,8 @@ def end(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
     _, stubborn = psutil.wait_procs(processes, timeout=GRACE)
     _send(stubborn, signal.SIGKILL)
     psutil.wait_procs(stubborn)
+    for process in _launched:
+        process.poll()  # lets Popen know of the end, or it warns when this program ends
     return stubborn
 
 

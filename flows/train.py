@@ -1,8 +1,11 @@
 """The weekly run, from data to a promoted model."""
 
+from typing import Annotated
+
 from prefect import flow, runtime
 from prefect.client.schemas import State
 from prefect.states import Completed, Failed
+from pydantic import Field
 
 from mnist_cnn.promotion import POLICIES, PromotionPolicy
 from mnist_cnn.training import Device, TrainingConfig
@@ -23,6 +26,8 @@ from tasks.storage import DEFAULT_STORE
 from tasks.train import train_model
 from tasks.validate import validate_snapshot
 
+Processes = Annotated[int, Field(ge=1, le=64)]
+
 _COMPARISONS = 3  # with a champion that somebody replaces meanwhile, before the run gives up
 
 
@@ -39,6 +44,7 @@ def train(
     promotion: PromotionPolicy | None = None,
     store: str = DEFAULT_STORE,
     device: Device = "auto",
+    processes: Processes = 1,
 ) -> State[object]:
     """Retrain on the present data, and promote the result if it is proved to be no worse.
 
@@ -48,6 +54,7 @@ def train(
         promotion: What the candidate has to prove; empty: the data set's own policy.
         store: Where data and records are kept, `s3://BUCKET` or `s3://BUCKET/PREFIX`.
         device: `auto` takes cuda, else mps, else cpu.
+        processes: More than one trains under torchrun, one process for each GPU.
 
     """
     check_services(store)
@@ -56,7 +63,7 @@ def train(
     if isinstance(validated, RejectedSnapshot):
         summary = report_rejection(validated)
         return Failed(name=summary.verdict, message=summary.reason)
-    candidate = train_model(validated, training, device)
+    candidate = train_model(validated, training, device, processes)
     policy = promotion or POLICIES.get(snapshot.dataset)
     for _ in range(_COMPARISONS):
         champion = find_champion(candidate.name)

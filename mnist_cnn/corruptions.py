@@ -69,8 +69,7 @@ def _affine(images: Tensor, angle: float = 0, scale: float = 1, shear: float = 0
 
 
 def _slant(images: Tensor, degrees: float, _: Generator) -> Tensor:
-    # torchvision shears the top to the left for a positive angle.
-    return _affine(images, shear=-degrees)
+    return _affine(images, shear=degrees)
 
 
 def _rotate(images: Tensor, degrees: float, _: Generator) -> Tensor:
@@ -217,7 +216,7 @@ CORRUPTIONS = (
         "elastic style",
         "handwriting style",
         "px of displacement, root mean square",
-        (0.75, 1.25, 2),
+        (0.5, 1, 1.5),
         "Simard et al. 2003, doi:10.1109/ICDAR.2003.1227801, smoothed over 4 px",
         _elastic,
     ),

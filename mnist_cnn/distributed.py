@@ -75,13 +75,13 @@ def train_distributed(
     with tempfile.TemporaryDirectory(prefix="training-") as scratch:
         folder = Path(scratch)
         local = LocalCheckpoints(folder / "checkpoints")
-        if checkpoints:
+        if checkpoints is not None:
             for name in sorted(checkpoints.list())[-_FETCHED:]:
                 local.save(name, checkpoints.load(name))
         np.save(folder / "images.npy", digits.images)
         np.save(folder / "labels.npy", digits.labels)
         (folder / "config.json").write_text(config.model_dump_json())
-        writer = Writer(checkpoints) if checkpoints else None
+        writer = Writer(checkpoints) if checkpoints is not None else None
         told = _Told(folder / _TOLD, on_progress, on_epoch)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
@@ -103,8 +103,13 @@ def train_distributed(
                 launcher.wait()
                 if writer:
                     writer.close()
-        if told.failure is not None:
-            raise told.failure
+        failure = told.failure
+        if isinstance(failure, TrainingStopped):
+            # What the workers kept goes with the folder; what counts is the caller's store.
+            saved = writer is not None and writer.newest == failure.step
+            failure = TrainingStopped(failure.reason, failure.step, failure.steps, saved=saved)
+        if failure is not None:
+            raise failure
         if launcher.returncode:
             said = (folder / "log").read_text(errors="replace")
             raise RuntimeError(

@@ -27,8 +27,8 @@ class Fault:
 def plant_faults(model: nn.Module, test: Digits, noise: str) -> list[Fault]:
     """Return every fault made from `model`, to be measured on `test` with `model` as champion.
 
-    `noise` is the name of a condition with Gaussian noise that the policy names. The tie has to be
-    given the champion's age: with newer training data an equal model is rightly promoted.
+    `noise` is the name of a condition with Gaussian noise that the policy names. The tie
+    has to be given the champion's age: on newer training data an equal model is rightly promoted.
     """
     return [
         Fault(

@@ -6,9 +6,6 @@ from torch.nn import functional
 
 from mnist_cnn.digits import CLASSES
 
-# Mean and standard deviation of the pixels of MNIST's training split, divided by 255.
-_MEAN, _STD = 0.1307, 0.3081
-
 
 class GroupedBatchNorm(nn.BatchNorm2d):
     """Batch normalisation whose statistics are those of `group` images, however many arrive.
@@ -72,7 +69,9 @@ class DigitCNN(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits of uint8 images."""
-        pixels = (images.unsqueeze(1).float() - 255 * _MEAN) / (255 * _STD)
+        # Neither centred nor scaled: the first normalisation undoes both, and a byte is exact in
+        # bfloat16 as it stands.
+        pixels = images.unsqueeze(1).float()
         hidden = self.features(pixels.contiguous(memory_format=torch.channels_last))
         logits: Tensor = self.classify(hidden.flatten(1))
         return logits.float()

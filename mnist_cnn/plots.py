@@ -1,7 +1,8 @@
 """Pictures of an evaluation, as PNG bytes, readable on light and on dark pages."""
 
 import io
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from mnist_cnn.calibration import BINS
 from mnist_cnn.corruptions import BATCH, CORRUPTIONS, corrupted
 from mnist_cnn.digits import CLASSES, SIDE, Digits
 from mnist_cnn.evaluation import Evaluation, Outcomes
-from mnist_cnn.factors import ConditionResult
 from mnist_cnn.saliency import map_saliency
 from mnist_cnn.statistics import STYLES, Floats, Interval
 
@@ -22,13 +23,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PAPER, _TEXT, _FAINT, _LINES = "#fcfcfa", "#1c2430", "#5b6675", "#dfe3e8"
-_CANDIDATE, _CHAMPION, _ERROR = "#1d5fd1", "#d9700a", "#c22f2f"
+_CANDIDATE, _CHAMPION = "#1d5fd1", "#d9700a"
+
+_FEW = 10
+"""An accuracy of fewer images is too uncertain to draw."""
 
 # An opaque sheet with dark text reads the same on a light and on a dark page.
 _STYLE: Any = {
     "figure.facecolor": _PAPER,
     "savefig.facecolor": _PAPER,
-    "savefig.edgecolor": _LINES,
     "axes.facecolor": _PAPER,
     "axes.edgecolor": _FAINT,
     "axes.linewidth": 0.8,
@@ -64,12 +67,16 @@ def _sheet(width: float, height: float) -> Iterator[tuple["Figure", io.BytesIO]]
         figure = Figure((width, height), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
         yield figure, png
-        figure.savefig(png, metadata={"Software": None}, edgecolor=_LINES, linewidth=2)
+        figure.savefig(png, metadata={"Software": None})
 
 
 def _heading(figure: "Figure", title: str, subtitle: str) -> None:
-    figure.suptitle(f"{title}\n", x=0.01, ha="left", fontsize=13, fontweight="bold")
-    figure.text(0.01, 0.985, f"\n\n{subtitle}", ha="left", va="top", fontsize=9, color=_FAINT)
+    width, height = figure.get_size_inches()
+    left, top = 0.15 / width, 0.12 / height
+    figure.text(left, 1 - top, title, va="top", fontsize=13, fontweight="bold")
+    figure.text(left, 1 - 3.2 * top, subtitle, va="top", fontsize=9, color=_FAINT)
+    layout: Any = figure.get_layout_engine()
+    layout.set(rect=(0, 0, 1, 1 - 5.4 * top))
 
 
 def plot_confusion(evaluation: Evaluation) -> bytes:
@@ -132,8 +139,9 @@ def _named(
 
 def plot_factors(candidate: Evaluation, champion: Evaluation | None = None) -> bytes:
     """Draw accuracy against strength for every corruption, candidate against champion."""
+    kinds = list(dict.fromkeys(result.corruption for result in candidate.conditions))
     columns = 5
-    rows = -(-(len(CORRUPTIONS) + 1) // columns)
+    rows = -(-(len(kinds) + 1) // columns)
     with _sheet(14, 2.75 * rows + 0.9) as (figure, png):
         _heading(
             figure,
@@ -142,17 +150,16 @@ def plot_factors(candidate: Evaluation, champion: Evaluation | None = None) -> b
             "intervals (Wilson); dashed: clean images. The scales of the panels differ.",
         )
         panels = figure.subplots(rows, columns).flat
-        for corruption in CORRUPTIONS:
+        for kind in kinds:
             axes = next(panels)
-            axes.set_title(corruption.name)
+            asked = [result for result in candidate.conditions if result.corruption == kind]
+            places = {result.strength: place for place, result in enumerate(asked)}
             for name, colour, marker, evaluation in _named(candidate, champion):
-                results = [c for c in evaluation.conditions if c.corruption == corruption.name]
-                _draw_points(axes, results, name, colour, marker)
+                _draw_points(axes, evaluation, kind, places, (name, colour, marker))
                 axes.axhline(evaluation.accuracy * 100, color=colour, dashes=(3, 3), linewidth=0.9)
-            axes.set_xticks(
-                range(len(corruption.strengths)), [f"{s:g}" for s in corruption.strengths]
-            )
-            axes.set_xlabel(corruption.unit, fontsize=8)
+            axes.set_title(kind)
+            axes.set_xticks(range(len(places)), [f"{strength:g}" for strength in places])
+            axes.set_xlabel(asked[0].unit, fontsize=8)
             axes.margins(x=0.15, y=0.12)
             axes.yaxis.set_major_formatter("{x:g} %")
         handles, labels = figure.axes[0].get_legend_handles_labels()
@@ -164,25 +171,33 @@ def plot_factors(candidate: Evaluation, champion: Evaluation | None = None) -> b
 
 
 def _draw_points(
-    axes: "Axes", results: list[ConditionResult], name: str, colour: str, marker: str
+    axes: "Axes",
+    evaluation: Evaluation,
+    corruption: str,
+    places: dict[float, int],
+    look: tuple[str, str, str],
 ) -> None:
+    """Draw what was measured; a gap stays empty."""
     known = [
-        (place, result.accuracy, result.interval)
-        for place, result in enumerate(results)
-        if result.accuracy is not None and result.interval is not None
+        (places[result.strength], result.accuracy, result.interval)
+        for result in evaluation.conditions
+        if result.corruption == corruption
+        and result.strength in places
+        and result.accuracy is not None
+        and result.interval is not None
     ]
     _draw_intervals(
         axes,
         [place for place, _, _ in known],
         [accuracy for _, accuracy, _ in known],
         [interval for _, _, interval in known],
-        (name, colour, marker),
+        look,
     )
 
 
 def _draw_intervals(
     axes: "Axes",
-    places: list[float],
+    places: Sequence[float],
     shares: list[float],
     intervals: list[Interval],
     look: tuple[str, str, str],
@@ -220,7 +235,7 @@ def plot_slices(candidate: Evaluation, champion: Evaluation | None = None) -> by
                 parts = [part for part in evaluation.slices if part.style == style]
                 _draw_intervals(
                     axes,
-                    [float(place) for place in range(len(parts))],
+                    range(len(parts)),
                     [part.accuracy for part in parts],
                     [part.interval for part in parts],
                     (name, colour, marker),
@@ -244,13 +259,15 @@ def plot_reliability(candidate: Evaluation, champion: Evaluation | None = None) 
         _heading(
             figure,
             "Is a confidence of 90 % right 90 % of the time?",
-            "Below the diagonal the model is too sure of itself, above it not sure enough.",
+            "Below the diagonal the model is too sure of itself, above it not sure enough.\n"
+            f"Confidences that fewer than {_FEW} images have are left out of the curve.",
         )
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
         above.plot([0, 100], [0, 100], color=_FAINT, dashes=(3, 3), linewidth=1)
         models = _named(candidate, champion)
         for place, (name, colour, marker, evaluation) in enumerate(models):
-            found = [part for part in evaluation.calibration.bins if part.images]
+            found = [part for part in evaluation.calibration.bins if part.images >= _FEW]
+            drawn = [part for part in evaluation.calibration.bins if part.images]
             error = evaluation.calibration.expected_error
             above.plot(
                 [(part.confidence or 0) * 100 for part in found],
@@ -260,15 +277,15 @@ def plot_reliability(candidate: Evaluation, champion: Evaluation | None = None) 
                 linewidth=1.6,
                 label=f"{name}: expected calibration error {error * 100:.2f} points",
             )
-            width = (found[0].high - found[0].low) * 100 / (len(models) + 0.5)
+            width = 100 / BINS / (len(models) + 0.5)
             below.bar(
-                [part.low * 100 + width * (place + 0.75) for part in found],
-                [part.images for part in found],
+                [part.low * 100 + width * (place + 0.75) for part in drawn],
+                [part.images for part in drawn],
                 width,
                 color=colour,
             )
         above.set(ylabel="accuracy, %", xlim=(0, 100), ylim=(0, 102))
-        above.legend(loc="upper left")
+        above.legend(loc="lower right")
         below.set(xlabel="confidence, %", ylabel="images", yscale="log")
     return png.getvalue()
 
@@ -287,7 +304,7 @@ def plot_errors(outcomes: Outcomes, digits: Digits, most: int = 32) -> bytes:
     worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:most]
     columns = 8
     rows = max(1, -(-len(worst) // columns))
-    with _sheet(9.6, 1.55 * rows + 0.9) as (figure, png):
+    with _sheet(9.6, 1.4 * rows + 0.7) as (figure, png):
         _heading(
             figure,
             f"The {len(worst)} surest of {len(wrong)} errors",
@@ -297,7 +314,9 @@ def plot_errors(outcomes: Outcomes, digits: Digits, most: int = 32) -> bytes:
         for axes in panels:
             axes.axis("off")
         for axes, image in zip(figure.axes, worst, strict=False):
-            caption = f"{digits.labels[image]} → {predicted[image]}   {confidence[image]:.0%}"
+            caption = (
+                f"{digits.labels[image]} → {predicted[image]}   {confidence[image] * 100:.0f} %"
+            )
             _show(axes, digits.images[image], caption, 9)
     return png.getvalue()
 
@@ -308,23 +327,21 @@ def plot_corruptions(digits: Digits, seed: int = 0) -> bytes:
     images = torch.tensor(digits.images[example : example + BATCH])
     columns = 1 + max(len(corruption.strengths) for corruption in CORRUPTIONS)
     rows = -(-len(CORRUPTIONS) // 2)
-    with _sheet(13, 1.32 * rows + 0.9) as (figure, png):
+    with _sheet(13, 1.2 * rows + 0.7) as (figure, png):
         _heading(
             figure,
             "Every corruption at every strength",
             "One test image, clean and corrupted; the numbers are strengths in the unit given.",
         )
-        halves = figure.subfigures(1, 2, wspace=0.03)
-        for half, corruptions in zip(
-            np.atleast_1d(halves), (CORRUPTIONS[:rows], CORRUPTIONS[rows:]), strict=True
-        ):
+        halves: Any = figure.subfigures(1, 2, wspace=0.03)
+        for half, corruptions in zip(halves, (CORRUPTIONS[:rows], CORRUPTIONS[rows:]), strict=True):
             half.set_facecolor(_PAPER)
             panels = half.subplots(rows, columns, squeeze=False)
             for axes in panels.flat:
                 axes.axis("off")
             for row, corruption in zip(panels, corruptions, strict=False):
                 _show(row[0], digits.images[example], "clean")
-                unit = corruption.unit.replace(", ", ",\n").replace(" of ", "\nof ", 1)
+                unit = textwrap.fill(corruption.unit, 22)
                 row[0].text(
                     -0.15,
                     0.5,
@@ -376,10 +393,12 @@ def plot_examination(model: nn.Module, outcomes: Outcomes, digits: Digits) -> by
                 surest = digits.images[read[confidence[read].argmax()]]
                 doubtful = read[confidence[read].argmin()]
                 _show(column[0], digits.images[read].mean(0), f"{digit}", 11)
-                _show(column[1], surest, f"{confidence[read].max():.1%}")
+                _show(column[1], surest, f"{confidence[read].max() * 100:.1f} %")
                 truth = digits.labels[doubtful]
                 _show(
-                    column[2], digits.images[doubtful], f"{confidence[doubtful]:.0%}, is a {truth}"
+                    column[2],
+                    digits.images[doubtful],
+                    f"{confidence[doubtful] * 100:.0f} %, is a {truth}",
                 )
                 _show(column[3], surest)
                 _overlay(column[3], map_saliency(model, surest[None])[0])

@@ -29,25 +29,31 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     )
 
 
+# Chosen on the last 10,000 of MNIST's training images, never on its test split.
+_STANDARD = Recipe(
+    epochs=4,
+    batch_size=512,
+    norm_group=256,
+    channels=(16, 32, 32, 64),
+    filter_rate=0.1,
+    momentum=0.6,
+    learning_rate=0.01,
+    weight_decay=0.01,
+    warmup=0.2,
+    label_smoothing=0.1,
+    shift=1,
+    degrees=5,
+    stretch=0.05,
+)
 RECIPES: dict[Preset, Recipe] = {
-    "standard": Recipe(
-        epochs=3,
-        batch_size=256,
-        norm_group=256,
-        channels=(16, 32, 32, 64),
-        filter_rate=0.1,
-        momentum=0.6,
-        learning_rate=0.01,
-        weight_decay=0.01,
-        warmup=0.2,
-        label_smoothing=0.1,
-        shift=1,
-        degrees=0,
-        stretch=0,
-    )
+    "quick": _STANDARD.model_copy(
+        update={"epochs": 0.75, "batch_size": 256, "degrees": 0, "stretch": 0}
+    ),
+    "standard": _STANDARD,
+    "best": _STANDARD.model_copy(
+        update={"epochs": 8, "channels": (32, 64, 64, 128), "degrees": 10, "stretch": 0.1}
+    ),
 }
-RECIPES["quick"] = RECIPES["standard"].model_copy(update={"epochs": 0.6, "shift": 0})
-RECIPES["best"] = RECIPES["standard"].model_copy(update={"epochs": 8})
 
 
 class TrainingConfig(BaseModel, frozen=True, extra="forbid"):
@@ -68,7 +74,7 @@ class TrainingConfig(BaseModel, frozen=True, extra="forbid"):
         None, gt=0, le=10, description="Peak rate of all but filters; empty: the preset's."
     )
     min_steps: int = Field(
-        120,
+        60,
         ge=0,
         le=1_000_000,
         description="Optimizer steps at least: few images are shown in as many epochs as it takes.",

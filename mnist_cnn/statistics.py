@@ -51,7 +51,7 @@ class Shift(BaseModel, frozen=True):
     styles: list[StyleShift]
 
 
-def measure_styles(images: NDArray[np.uint8], batch_size: int = 5000) -> dict[str, Floats]:
+def measure_styles(images: NDArray[np.uint8], batch_size: int = 1000) -> dict[str, Floats]:
     """Return each statistic of `STYLES` for uint8 (N, 28, 28), as float64 (N,).
 
     Slant comes from the second moments of the ink. Stroke width is twice the area over the

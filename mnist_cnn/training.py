@@ -174,8 +174,8 @@ class _Run:
         checkpoints: CheckpointStore | None,
         stop: Callable[[], str | None],
     ) -> Training:
-        resumed, warnings = self._resume(checkpoints) if checkpoints else (None, [])
-        writer = Writer(checkpoints) if checkpoints and self._leads else None
+        resumed, warnings = self._resume(checkpoints) if checkpoints is not None else (None, [])
+        writer = Writer(checkpoints) if checkpoints is not None and self._leads else None
         try:
             self._loop(on_progress, on_epoch, writer, stop)
             if writer:
@@ -220,10 +220,13 @@ class _Run:
                 break
             self._learner.step(*next(batches), state.step + 1, self._steps)
             state.step += 1
+            ends = state.step % self._per_epoch == 0 or state.step == self._steps
+            if ends:
+                self._check_finite()  # waits for the device, so that the clock tells the truth
             now = time.perf_counter()
             state.seconds = before + now - began
             left = (now - began) / (state.step - first) * (self._steps - state.step)
-            if state.step % self._per_epoch == 0 or state.step == self._steps:
+            if ends:
                 pace = (state.step - epoch_first) * self._recipe.batch_size / (now - epoch_began)
                 metrics = self._end_epoch(pace, left)
                 if self._leads:
@@ -257,9 +260,8 @@ class _Run:
         raise TrainingStopped(reason, self._state.step, self._steps, saved=saved)
 
     def _end_epoch(self, pace: float, left: float) -> EpochMetrics:
-        """Measure, check and remember the epoch; decide on an early stop."""
+        """Measure and remember the epoch, check its accuracy, decide on an early stop."""
         state = self._state
-        self._check_finite()
         loss, right = self._learner.end_epoch()
         epoch = -(-state.step // self._per_epoch)
         images = (state.step - (epoch - 1) * self._per_epoch) * self._recipe.batch_size

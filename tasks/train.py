@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
+from functools import partial
 from importlib.metadata import version as installed
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -20,6 +21,7 @@ from mnist_cnn.training import (
     Device,
     EpochMetrics,
     Progress,
+    Training,
     TrainingConfig,
     TrainingStopped,
     train,
@@ -40,7 +42,10 @@ _SECONDS_BETWEEN_LOG_LINES = 10.0
 
 @task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
 def train_model(
-    validated: ValidatedSnapshot, config: TrainingConfig, device: Device = "auto"
+    validated: ValidatedSnapshot,
+    config: TrainingConfig,
+    device: Device = "auto",
+    processes: int = 1,
 ) -> Candidate:
     """Train on the snapshot's training split and store the model without pickle.
 
@@ -84,7 +89,7 @@ def train_model(
 
         with _sigterm() as stop:
             try:
-                training = train(
+                training = _trainer(processes)(
                     digits,
                     config,
                     device,
@@ -99,6 +104,8 @@ def train_model(
         for warning in training.warnings:
             logger.warning(warning)
         mlflow.log_metric("training_seconds", training.seconds)
+        if training.resumed_from is not None:
+            mlflow.log_metric("resumed_from_step", training.resumed_from)
         mlflow.set_tags(
             {
                 "device": training.device,
@@ -115,6 +122,15 @@ def train_model(
     return Candidate(
         name=snapshot.model_name, run_id=run.info.run_id, model=model, snapshot=snapshot.digest
     )
+
+
+def _trainer(processes: int) -> Callable[..., Training]:
+    """Return `train`, or its like for several processes, which costs a second to import."""
+    if processes == 1:
+        return train
+    from mnist_cnn.distributed import train_distributed  # noqa: PLC0415
+
+    return partial(train_distributed, processes=processes)
 
 
 class _Checkpoints:

@@ -1,6 +1,7 @@
 """The real servers that integration tests speak to: one stack a session, on free ports."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """Prefect, MLflow, S3 and a worker that serves deployments/prefect.yaml."""
     stack = Stack(tmp_path_factory.mktemp("stack"), Ports.free())
     before = dict(os.environ)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a killed session ends its servers
     try:
         start(stack, deploy=PROJECT / "deployments" / "prefect.yaml")
         os.environ |= environment(stack) | {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}

@@ -18,7 +18,7 @@ from flows.train import train
 from mnist_cnn.promotion import Decision, decide
 from tasks.evaluate import ModelUnusable, try_version
 from tasks.history import folder_of
-from tasks.registry import find_champion
+from tasks.registry import find_champion, set_champion
 from tasks.storage import Store
 
 NAME = "digits-cnn"
@@ -31,13 +31,27 @@ def unsure(*arguments: object) -> Decision:
 
 
 @pytest.fixture(scope="module")
-def awaiting(stack: Stack) -> Iterator[State]:
+def first(stack: Stack) -> Iterator[list[object]]:
+    """Return the comparisons of a run whose champion changes during the first of them."""
+    compared: list[object] = []
+
+    def too_late_at_first(*arguments: object) -> bool:
+        compared.append(arguments)
+        return len(compared) > 1 and set_champion(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flows.train.set_champion", too_late_at_first)
+        assert train("digits", store=PLACE, return_state=True).name == "Promoted"
+    yield compared
+    MlflowClient().delete_registered_model(NAME)
+
+
+@pytest.fixture(scope="module")
+def awaiting(first: list[object]) -> State:
     """Return the state of a run that made a challenger, version 2, beside champion 1."""
-    assert train("digits", store=PLACE, return_state=True).name == "Promoted"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tasks.decide.decide", unsure)
-        yield train("digits", store=PLACE, return_state=True)
-    MlflowClient().delete_registered_model(NAME)
+        return train("digits", store=PLACE, return_state=True)
 
 
 def champion() -> str:
@@ -58,6 +72,14 @@ def runs_of(deployment: str) -> int:
     named = DeploymentFilter(name=DeploymentFilterName(any_=[deployment]))
     with get_client(sync_client=True) as prefect:
         return len(prefect.read_flow_runs(deployment_filter=named))
+
+
+def test_a_run_whose_champion_changed_meanwhile_starts_over_with_the_same_version(
+    first: list[object],
+) -> None:
+    assert len(first) == 2
+    assert champion() == "1"
+    assert len(MlflowClient().search_model_versions(f"name = '{NAME}'")) == 1
 
 
 def test_a_run_that_awaits_approval_links_to_the_form_with_its_version(awaiting: State) -> None:

@@ -1,4 +1,5 @@
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from mnist_cnn.batches import Batches
 from mnist_cnn.checkpoint import LocalCheckpoints
 from mnist_cnn.digits import Digits, embedded_sample
 from mnist_cnn.evaluation import predict
+from mnist_cnn.learner import Learner
 from mnist_cnn.model import DigitCNN
 from mnist_cnn.optimization import Optimizer
 from mnist_cnn.training import (
@@ -91,10 +93,12 @@ def test_training_leaves_the_global_random_state_alone(digits: Digits) -> None:
 
 
 def test_the_loss_follows_the_golden_curve(digits: Digits) -> None:
+    """Instruction sets from SSE4.1 to AVX-512 differ by 0.0001 at first and by 0.01 at the end."""
     curve = json.loads((Path(__file__).parent / "golden_loss_curve.json").read_text())
     config = TrainingConfig(**curve["config"])
     seen = train(digits, config, "cpu").history
-    assert [each.loss for each in seen] == pytest.approx(curve["loss"], rel=curve["tolerance"])
+    for metrics, loss, tolerance in zip(seen, curve["loss"], curve["tolerance"], strict=True):
+        assert metrics.loss == pytest.approx(loss, rel=tolerance), f"epoch {metrics.epoch}"
 
 
 def test_the_default_config_learns_the_sample_in_a_few_steps(
@@ -185,7 +189,12 @@ def kill():
 config = TrainingConfig.model_validate_json('''{SMALL.model_dump_json()}''')
 train(embedded_sample()[0], config, "cpu", checkpoints=store, stop=kill)
 """
-    killed = subprocess.run([sys.executable, "-c", program], check=False, timeout=120)
+    killed = subprocess.run(
+        [sys.executable, "-c", program],
+        check=False,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert killed.returncode == -signal.SIGKILL
     told: list[EpochMetrics] = []
     resumed = train(
@@ -307,7 +316,7 @@ class _Hungry(DigitCNN):
         return logits
 
 
-def test_lack_of_memory_halves_the_micro_batch_and_changes_nothing_else(
+def test_lack_of_memory_halves_the_micro_batch_and_is_said(
     digits: Digits, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = TrainingConfig(
@@ -321,8 +330,18 @@ def test_lack_of_memory_halves_the_micro_batch_and_changes_nothing_else(
     assert "no memory for 512 images at a time; going on with 256" in scarce.warnings[1]
     assert scarce.warnings[1] in caplog.text
     assert [m.loss for m in scarce.history] == pytest.approx([m.loss for m in plenty.history], 1e-4)
-    for name, value in _weights(plenty.model).items():
-        torch.testing.assert_close(_weights(scarce.model)[name], value, atol=1e-3, rtol=1e-3)
+
+
+def test_gradients_do_not_depend_on_the_micro_batch(digits: Digits) -> None:
+    gradients: list[torch.Tensor] = []
+    for micro in (1024, 512, 256):
+        config = TrainingConfig(batch_size=1024, micro_batch=micro, precision="fp32")
+        place = torch.device("cpu")
+        learner = Learner(config, place, share=1024, world=1)
+        learner._gradients(*next(Batches(digits, config, place).start(0)))
+        gradients.append(torch.cat([p.grad.flatten() for p in learner.model.parameters()]))  # type: ignore[union-attr]  # all have one
+    for other in gradients[1:]:
+        assert (other - gradients[0]).norm() < 1e-4 * gradients[0].norm()
 
 
 def test_lack_of_memory_for_the_smallest_piece_is_an_error(
@@ -511,4 +530,9 @@ train(embedded_sample()[0], TrainingConfig(batch_size=64, epochs=1, min_steps=0)
 for heavy in ("torch._dynamo", "torchvision", "matplotlib", "safetensors"):
     assert heavy not in sys.modules, heavy
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-c", program],
+        check=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
