@@ -9,6 +9,7 @@ from pydantic import Field
 
 from mnist_cnn.promotion import POLICIES, PromotionPolicy
 from mnist_cnn.training import Device, TrainingConfig
+from tasks.card import publish_cards
 from tasks.decide import decide_promotion
 from tasks.evaluate import evaluate_models
 from tasks.preflight import check_services
@@ -84,8 +85,9 @@ def train(
         )
     if decision.verdict == "needs-approval":
         set_challenger(version)
+    cards = publish_cards(validated, candidate, measured, decision, version)
     summary = report_decision(
-        validated, candidate, measured, (decision, record), (version, champion)
+        validated, candidate, measured, (decision, record), (version, champion), cards
     )
     link_version(version, summary.links)
     return Completed(name=summary.verdict, message=summary.reason)

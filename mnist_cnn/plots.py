@@ -209,7 +209,8 @@ def _draw_intervals(
     axes.errorbar(
         places,
         middle,
-        np.stack([middle - low, high - middle]),
+        # An accuracy of 1 rounds to a hair above the end of its own interval.
+        np.maximum(np.stack([middle - low, high - middle]), 0),
         label=name,
         color=colour,
         marker=marker,

@@ -59,18 +59,18 @@ FACTOR_FLOORS = {
     "scale=1.2": 0.95,
     "thin stroke=0.25": 0.95,
     "thick stroke=0.5": 0.95,
-    "elastic style=0.75": 0.95,
+    "elastic style=1": 0.95,
     "Gaussian noise=0.08": 0.95,
     "impulse noise=0.03": 0.95,
     "shot noise=60": 0.95,
     "blur=1": 0.9,
-    "low resolution=14": 0.85,
-    "brightness=0.1": 0.85,
     "occlusion=4": 0.94,
 }
 """The mild conditions, which a digit on a form may well meet. Harsher ones are measured and shown,
 but do not decide: there, models of one recipe differ by tens of points with nothing but their seed
-(accuracy 0.54 to 0.90 under Gaussian noise of 0.3), and a floor would pick seeds."""
+(0.53 to 0.97 under brightness of 0.1, 0.76 to 0.95 at a resolution of 14), and a floor would pick
+seeds. Chosen on 10,000 held-out images of MNIST's training split, where five seeds of the standard
+recipe reach at least 0.963 under blur, 0.974 under occlusion, and 0.98 under each of the others."""
 
 
 class PromotionPolicy(BaseModel, frozen=True, extra="forbid"):

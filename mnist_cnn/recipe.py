@@ -56,6 +56,14 @@ RECIPES: dict[Preset, Recipe] = {
 }
 
 
+PROCEDURE = (
+    "Cross entropy with label smoothing; filters by orthogonalised momentum (Muon), everything "
+    "else by AdamW; the rates rise linearly, then fall linearly to zero; images are shifted, and, "
+    "except with the preset `quick`, turned and stretched, afresh in every epoch."
+)
+"""How every preset trains, for the model card; the numbers are in its recipe."""
+
+
 class TrainingConfig(BaseModel, frozen=True, extra="forbid"):
     """How the CNN is trained. The defaults are production's; an empty field is the preset's."""
 

@@ -12,6 +12,7 @@ import numpy as np
 from prefect import get_run_logger, runtime, task
 
 from mnist_cnn.cost import measure_size, measure_times
+from mnist_cnn.digits import Digits
 from mnist_cnn.evaluation import Evaluation, Outcomes, evaluate, measure_all, predict
 from mnist_cnn.statistics import measure_shift
 from tasks.records import ModelVersion, Snapshot
@@ -44,6 +45,7 @@ def evaluate_networks(
 ) -> dict[str, Evaluation]:
     """Measure networks, given with the bytes of their files, and store their outcomes."""
     logger = get_run_logger()
+    folder = f"runs/{runtime.flow_run.id}"
     train, test = read_split(snapshot, "train"), read_split(snapshot, "test")
     networks = {role: network for role, (network, _) in loaded.items()}
     try:
@@ -58,7 +60,7 @@ def evaluate_networks(
     evaluations = {}
     for role, outcomes in measured.items():
         network, file_bytes = loaded[role]
-        name = f"runs/{runtime.flow_run.id}/{role}-outcomes.npz"
+        name = f"{folder}/{role}-outcomes.npz"
         evaluations[role] = evaluate(
             outcomes,
             test,
@@ -70,12 +72,15 @@ def evaluate_networks(
             times=measure_times(network, test.images, outcomes.seconds),
         )
         store.put(
-            f"runs/{runtime.flow_run.id}/{role}-evaluation.json",
+            f"{folder}/{role}-evaluation.json",
             evaluations[role].model_dump_json(indent=1).encode(),
         )
         logger.info("%s %s: accuracy %.4f", role, models[role], evaluations[role].accuracy)
         for gap in evaluations[role].gaps:
             logger.warning("%s was not measured completely: %s", role, gap)
+    pictures = _draw(evaluations, measured["candidate"], networks["candidate"], test)
+    for name, picture in pictures.items():
+        store.put(f"{folder}/pictures/{name}.png", picture)
     return evaluations
 
 
@@ -127,6 +132,24 @@ def load_model(address: str) -> "tuple[nn.Module, int]":
                 "a version that loads, or retrain"
             ) from error
         return network, (Path(path) / "data" / "model.pt2").stat().st_size
+
+
+def _draw(
+    evaluations: Mapping[str, Evaluation], outcomes: Outcomes, model: "nn.Module", test: Digits
+) -> dict[str, bytes]:
+    """Draw the pictures of the candidate's card, as PNG."""
+    from mnist_cnn import plots  # noqa: PLC0415 - matplotlib takes a second
+
+    ours, theirs = evaluations["candidate"], evaluations.get("champion")
+    return {
+        "confusion": plots.plot_confusion(ours),
+        "factors": plots.plot_factors(ours, theirs),
+        "slices": plots.plot_slices(ours, theirs),
+        "reliability": plots.plot_reliability(ours, theirs),
+        "errors": plots.plot_errors(outcomes, test),
+        "corruptions": plots.plot_corruptions(test, outcomes.seed),
+        "examination": plots.plot_examination(model, outcomes, test),
+    }
 
 
 def _packed(outcomes: Outcomes) -> bytes:

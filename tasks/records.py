@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import BaseModel
 
 Split = Literal["train", "test"]
+SPLITS: tuple[Split, Split] = ("train", "test")
 
 
 class Shard(BaseModel, frozen=True):
@@ -41,6 +42,10 @@ class Snapshot(BaseModel, frozen=True):
         """Return the shards of one split, in order."""
         return self.train if split == "train" else self.test
 
+    def labels(self, split: Split) -> list[int]:
+        """Count the images of each digit in one split."""
+        return [sum(counts) for counts in zip(*(s.labels for s in self.shards(split)), strict=True)]
+
     def images(self, split: Split) -> int:
         """Count the images of one split."""
         return sum(shard.images for shard in self.shards(split))
@@ -52,7 +57,10 @@ class ValidatedSnapshot(BaseModel, frozen=True):
     snapshot: Snapshot
     report: str
     """Address of the validation result that passed it."""
+    expectations: int
+    """How many were asked."""
     warnings: list[str]
+    """A sentence for each that failed and is not critical."""
 
 
 class RejectedSnapshot(BaseModel, frozen=True):

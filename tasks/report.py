@@ -52,6 +52,7 @@ def report_decision(
     measured: Mapping[str, Evaluation],
     decided: tuple[Decision, str],
     versions: tuple[ModelVersion, ModelVersion | None],
+    cards: Mapping[str, str],
 ) -> RunSummary:
     """Publish verdict, checks and links.
 
@@ -78,6 +79,7 @@ def report_decision(
         links={
             **_data_links(snapshot, validated.report),
             **_mlflow_links(candidate, version),
+            **cards,
             "decision record": store.link(store.name_of(record)),
             **form,
         },

@@ -13,6 +13,7 @@ import json
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -104,6 +105,11 @@ class Store:
                         f"{self.address_of(name)} holds nothing; it was removed, or never written"
                     ) from error
                 raise
+
+    def modified(self, name: str) -> datetime:
+        """Return when an object was written."""
+        with self._speaking():
+            return self._client.head_object(Bucket=self.bucket, Key=self._key(name))["LastModified"]
 
     def has(self, name: str) -> bool:
         """Tell whether there is an object called `name`."""

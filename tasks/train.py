@@ -1,5 +1,8 @@
 """Train a candidate, and keep it with its metrics and its origin in an MLflow run."""
 
+import json
+import os
+import platform
 import signal
 import threading
 import time
@@ -7,8 +10,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version as installed
+from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID
 
@@ -87,7 +92,7 @@ def train_model(
             if metrics.step not in known_steps:
                 mlflow.log_metrics(_figures(metrics), step=metrics.step, synchronous=False)
 
-        with _sigterm() as stop:
+        with _sigterm() as stop, _metered() as meter:
             try:
                 training = _trainer(processes)(
                     digits,
@@ -103,7 +108,15 @@ def train_model(
                 raise
         for warning in training.warnings:
             logger.warning(warning)
-        mlflow.log_metric("training_seconds", training.seconds)
+        mlflow.log_metrics(
+            {
+                "training_seconds": training.seconds,
+                "steps": training.steps,
+                **meter.figures(),
+            }
+        )
+        if meter.kwh is None:
+            logger.warning("codecarbon measured no energy; the card will say so")
         if training.resumed_from is not None:
             mlflow.log_metric("resumed_from_step", training.resumed_from)
         mlflow.set_tags(
@@ -112,6 +125,8 @@ def train_model(
                 "precision": training.precision,
                 "outcome": training.outcome,
                 "torch": installed("torch"),
+                "architecture": str(training.model),
+                "machine": json.dumps(meter.machine),
             }
         )
         model = _log_model(training.model)
@@ -212,6 +227,62 @@ def _sigterm() -> Iterator[Callable[[], str | None]]:
         signal.signal(signal.SIGTERM, before)
         if caught:
             signal.raise_signal(signal.SIGTERM)
+
+
+@dataclass
+class _Meter:
+    """What the training used, by codecarbon's estimate, and on which machine."""
+
+    kwh: float | None = None
+    """None if codecarbon gave nothing, which the card states as a gap."""
+    grams_co2e: float | None = None
+    machine: dict[str, str | int | float] = field(default_factory=dict)
+
+    def figures(self) -> dict[str, float]:
+        figures = {"energy_kwh": self.kwh, "emissions_g_co2e": self.grams_co2e}
+        return {name: value for name, value in figures.items() if value is not None}
+
+
+@contextmanager
+def _metered() -> Iterator[_Meter]:
+    """Estimate energy and emissions; the country is `CODECARBON_COUNTRY_ISO_CODE`, else the USA."""
+    import psutil  # noqa: PLC0415
+    from codecarbon import OfflineEmissionsTracker  # noqa: PLC0415
+
+    country = os.environ.get("CODECARBON_COUNTRY_ISO_CODE")
+    tracker = OfflineEmissionsTracker(
+        country_iso_code=country or "USA",
+        save_to_file=False,
+        log_level="error",
+        allow_multiple_runs=True,
+    )
+    meter = _Meter()
+    tracker.start()
+    try:
+        yield meter
+    finally:
+        tracker.stop()
+        meter.machine = {
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count() or 0,
+            "memory_gib": psutil.virtual_memory().total / 2**30,
+            "python": platform.python_version(),
+        }
+        # codecarbon keeps its own errors to itself; what is missing then is its result.
+        used = getattr(tracker, "final_emissions_data", None)
+        if used is not None:
+            counted = Path("/sys/class/powercap/intel-rapl").exists() or used.gpu_count
+            meter.kwh, meter.grams_co2e = used.energy_consumed, 1000 * used.emissions
+            meter.machine |= {
+                "processor": used.cpu_model,
+                "accelerator": used.gpu_model or "",
+                "codecarbon": used.codecarbon_version,
+                "cloud_provider": used.cloud_provider,
+                "region": used.country_name if country else f"{used.country_name} (assumed)",
+                "method": "the machine's own power counters"
+                if counted
+                else "an estimate from processor model and load; no power counter was readable",
+            }
 
 
 def _figures(metrics: EpochMetrics) -> dict[str, float]:

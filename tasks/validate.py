@@ -33,4 +33,6 @@ def validate_snapshot(snapshot: Snapshot) -> ValidatedSnapshot | RejectedSnapsho
     if failures:
         return RejectedSnapshot(snapshot=snapshot, report=page, failures=failures)
     logger.info("%d expectations hold", len(report.findings) - len(warnings))
-    return ValidatedSnapshot(snapshot=snapshot, report=page, warnings=warnings)
+    return ValidatedSnapshot(
+        snapshot=snapshot, report=page, expectations=len(report.findings), warnings=warnings
+    )

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from mnist_cnn.corruptions import CORRUPTIONS, condition
 from mnist_cnn.promotion import (
+    POLICIES,
     Decision,
     PromotionPolicy,
     ReuseHistory,
@@ -361,3 +363,9 @@ def test_a_policy_with_a_mistake_is_refused(mistake: dict[str, Any]) -> None:
 def test_production_s_policy_names_conditions_and_describes_every_field() -> None:
     assert len(PromotionPolicy().factor_floors) >= 10
     assert all(field.description for field in PromotionPolicy.model_fields.values())
+
+
+@pytest.mark.parametrize("dataset", POLICIES)
+def test_every_condition_that_a_policy_names_is_measured(dataset: str) -> None:
+    measured = {condition(c, strength) for c in CORRUPTIONS for strength in c.strengths}
+    assert set(POLICIES[dataset].factor_floors) <= measured

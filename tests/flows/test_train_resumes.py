@@ -21,7 +21,7 @@ from mnist_cnn.digits import embedded_sample
 from mnist_cnn.training import TrainingConfig, train
 from tasks.storage import DEFAULT_STORE, Store
 
-STEPS = 1500
+STEPS = 600
 CONFIG = TrainingConfig(min_steps=STEPS, batch_size=64, checkpoint_every_steps=50, seed=11)
 
 
@@ -69,14 +69,21 @@ def begin_and_signal(number: int) -> tuple[UUID, int]:
     (word,) = re.findall(r"UUID: (\S+)", out)
     run_id = UUID(word)
     wait_for(run_id, lambda _: bool(steps_kept(run_id)))
-    process_of(run_id).send_signal(number)
+    process = process_of(run_id)
+    process.send_signal(number)
+    process.wait(60)
     wait_for(run_id, lambda run: bool(run.state and run.state.is_crashed()))
+    time.sleep(3)  # the worker reports the death too, and would report it over a retry
     return run_id, max(steps_kept(run_id))
 
 
 def retry(run_id: UUID) -> FlowRun:
     prefect("flow-run", "retry", str(run_id))
-    return wait_for(run_id, lambda run: bool(run.state and run.state.is_completed()))
+    wait_for(run_id, lambda run: bool(run.state and not run.state.is_final()))
+    run = wait_for(run_id, lambda run: bool(run.state and run.state.is_final()))
+    assert run.state
+    assert run.state.is_completed(), run.state.message
+    return run
 
 
 @pytest.fixture(scope="module")

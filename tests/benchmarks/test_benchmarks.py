@@ -1,0 +1,122 @@
+"""Each piece of the benchmark runs on the embedded sample; nothing is held against the clock."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from mnist_cnn.digits import embedded_sample
+from mnist_cnn.model import DigitCNN
+from tests.benchmarks import baselines, measure, training
+
+
+@pytest.fixture(autouse=True)
+def _sample_and_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One thread, because two that wait for each other crawl on a busy machine."""
+    monkeypatch.setenv("MNIST_MIRROR", "sample")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", baselines.RECIPES)
+def test_a_peer_has_the_published_number_of_parameters(name: str) -> None:
+    recipe = baselines.RECIPES[name]
+    assert sum(p.numel() for p in recipe.network().parameters()) == recipe.parameters
+
+
+@pytest.mark.parametrize("name", baselines.RECIPES)
+def test_a_peer_sees_the_digits_as_they_are(name: str) -> None:
+    digits = embedded_sample()[1]
+    image, label = baselines.ImageByImage(digits, png=baselines.RECIPES[name].png)[7]
+    pixels = torch.from_numpy(digits.images[7]) / 255
+    assert label == digits.labels[7]
+    torch.testing.assert_close(image[0] * 0.3081 + 0.1307, pixels)
+
+
+@pytest.mark.parametrize("name", baselines.RECIPES)
+def test_a_peer_learns(name: str) -> None:
+    result = measure.measure_peer(name, seed=0, device="cpu", epochs=1)
+    assert result["accuracy"] > 0.5
+    assert result["epochs"] == 1
+
+
+def test_a_seed_recipe_trains_on_seven_tenths() -> None:
+    assert len(baselines.part(embedded_sample()[0], baselines.RECIPES["seed"].share, 0)) == 1006
+
+
+def test_our_flops_are_those_of_the_convolutions() -> None:
+    model = DigitCNN((16, 32, 32, 64))
+    inside = 12 * 12 * 16 * 25 + 10 * 10 * 32 * 16 * 9 + 8 * 8 * 32 * 32 * 9
+    inside += 2 * 2 * 64 * 32 * 9 + 256 * 10
+    assert measure.flop_per_image(model, 8) == 6 * inside - 2 * 12 * 12 * 16 * 25
+
+
+def test_the_mapped_copies_are_those_in_memory(tmp_path: Path) -> None:
+    digits = embedded_sample()[1]
+    copies = [measure._enlarge(digits, 3, folder) for folder in (None, tmp_path)]
+    assert copies[0].digest() == copies[1].digest()
+    assert (copies[0].images[: len(digits)] == digits.images).all()
+    assert len(copies[0]) == 3 * len(digits)
+
+
+def test_the_peak_memory_is_seen() -> None:
+    with measure.PeakMemory() as peak:
+        before = peak.private
+        held = torch.ones(64, 2**18)
+        time.sleep(0.1)
+    assert peak.private > before + 32
+    assert held.any()
+
+
+def test_a_ratio_is_to_the_peers_around() -> None:
+    peer = {"published_epochs": 5, "epochs": 5}
+    runs: list[training.Job] = [
+        {"name": "seed", "result": {"seconds": 10.0, **peer}},
+        {"preset": "quick", "result": {"seconds": 3.0, "epochs": 1}},
+        {"name": "seed", "result": {"seconds": 4.0, **peer, "epochs": 1}},
+        {"preset": "quick", "result": {"seconds": 3.0, "epochs": 1}},
+    ]
+    training.add_ratios(runs)
+    assert [job["result"].get("ratio") for job in runs] == [None, 0.2, None, 0.15]
+
+
+def test_one_command_prints_a_table_and_writes_json(tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    command = [sys.executable, training.__file__, "--seeds=1", "--only=quick", "--threads=1"]
+    command.append(f"--json={file}")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    report = json.loads(file.read_text())
+    assert report["training"]["quick"]["accuracy"]["n"] == 1
+    assert 0 < report["training"]["quick"]["gemm_share"]["mean"] < 1
+    assert report["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert "test accuracy %" in done.stdout
+
+
+def test_an_address_must_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MNIST_MIRROR")
+    command = [sys.executable, training.__file__]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "MNIST_MIRROR is not set" in done.stderr
+
+
+def test_what_compares_within_itself_runs() -> None:
+    assert len(measure.measure_checkpointing("quick", "cpu", pairs=1)["ratio"]) == 1
+    memory = measure.measure_memory("quick", "cpu", 2, streamed=True)
+    assert memory["images"] == 2 * 1438
+    assert sum(measure.measure_profile("quick", "cpu")["share"].values()) <= 1
+
+
+@pytest.mark.filterwarnings("ignore::Warning")
+def test_every_way_to_predict_agrees() -> None:
+    """Warnings are mlflow's and torch.export's own; what is measured is the answer."""
+    result = measure.measure_inference("quick", "cpu", 1, compiled=False)
+    assert all(share > 0.97 for share in result["agreement"].values())
+    assert set(result["batched_seconds"]) == {"eager fp32", "eager bf16", "stored program"}
