@@ -37,12 +37,17 @@ def evaluate_models(models: Mapping[str, str], snapshot: Snapshot) -> dict[str, 
     image is stored. Raises ModelUnusable for a model that does not load or classify.
     """
     loaded = {role: load_model(address) for role, address in models.items()}
-    return evaluate_networks(loaded, models, snapshot)
+    evaluations, outcomes = evaluate_networks(loaded, models, snapshot)
+    store, test = Store(snapshot.store), read_split(snapshot, "test")
+    pictures = _draw(evaluations, outcomes["candidate"], loaded["candidate"][0], test)
+    for name, picture in pictures.items():
+        store.put(f"runs/{runtime.flow_run.id}/pictures/{name}.png", picture)
+    return evaluations
 
 
 def evaluate_networks(
     loaded: "Mapping[str, tuple[nn.Module, int]]", models: Mapping[str, str], snapshot: Snapshot
-) -> dict[str, Evaluation]:
+) -> tuple[dict[str, Evaluation], dict[str, Outcomes]]:
     """Measure networks, given with the bytes of their files, and store their outcomes."""
     logger = get_run_logger()
     folder = f"runs/{runtime.flow_run.id}"
@@ -78,10 +83,7 @@ def evaluate_networks(
         logger.info("%s %s: accuracy %.4f", role, models[role], evaluations[role].accuracy)
         for gap in evaluations[role].gaps:
             logger.warning("%s was not measured completely: %s", role, gap)
-    pictures = _draw(evaluations, measured["candidate"], networks["candidate"], test)
-    for name, picture in pictures.items():
-        store.put(f"{folder}/pictures/{name}.png", picture)
-    return evaluations
+    return evaluations, measured
 
 
 @task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)

@@ -50,7 +50,7 @@ def check_decisions(
     faults = plant_faults(good, test, named[0] if named else _NOISE)
     networks = {"champion": (good, size)} | {fault.name: (fault.model, size) for fault in faults}
     addresses = {name: f"planted: {name}" for name in networks}
-    measured = evaluate_networks(networks, addresses, snapshot)
+    measured, _ = evaluate_networks(networks, addresses, snapshot)
     split = test.digest()
     scored = {name: score(found, store, test, split) for name, found in measured.items()}
     itself = decide(scored["champion"], None, policy, ReuseHistory(split))
