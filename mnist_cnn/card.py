@@ -226,7 +226,13 @@ def describe(facts: CardFacts) -> dict[str, str]:
             ],
         ),
         "environment": _environment(facts),
-        "settings": table(["setting", "value"], list(facts.training.settings.items())),
+        "settings": table(
+            ["setting", "value"],
+            [
+                [name, "not set" if value is None else value]
+                for name, value in facts.training.settings.items()
+            ],
+        ),
         "software": table(["library", "version"], list(facts.software.items())),
         "checks": table(
             ["check", "result", "what was seen"],

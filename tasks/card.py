@@ -147,7 +147,9 @@ def publish_cards(
         for picture in PICTURES:
             content = store.get(f"runs/{runtime.flow_run.id}/pictures/{picture}.png")
             (Path(folder) / f"{picture}.png").write_bytes(content)
-        (Path(folder) / "model_card.md").write_text(card)
+        # The Hugging Face form, and the same for MLflow's page, which shows metadata as text.
+        (Path(folder) / "README.md").write_text(card)
+        (Path(folder) / "model_card.md").write_text(_without_metadata(card))
         (Path(folder) / "data_card.md").write_text(write_data_card(data))
         client.log_artifacts(candidate.run_id, folder, "card")
     registered = client.get_model_version(version.name, version.version)
@@ -168,7 +170,7 @@ def publish_cards(
 
 
 def _without_metadata(card: str) -> str:
-    """Cut the metadata block, which a Markdown page would show as text."""
+    """Cut the block of metadata at the top."""
     return card.split("\n---\n", 1)[-1].lstrip()
 
 
@@ -202,7 +204,8 @@ def _card_facts(
         pictures=Pictures(**{picture: link(f"{picture}.png") for picture in PICTURES}),
         architecture=tags["architecture"],
         training=TrainingFacts(
-            settings=dict(params),
+            # MLflow keeps parameters as text.
+            settings={name: None if value == "None" else value for name, value in params.items()},
             procedure=PROCEDURE,
             precision=tags["precision"],
             device=tags["device"],
