@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo run test up down status check clean
+.PHONY: demo run test up down status approve reject rollback history check clean
 
 demo: $(STAMP) ## set everything up, retrain once through the real stack, show what happened
 	$(BIN)/python -m deployments.demo --start --param dataset=auto
@@ -16,6 +16,24 @@ test: $(STAMP) ## everything that the tests need, and the tests
 
 up down status: $(STAMP) ## the local stack: start, stop, look
 	$(BIN)/python -m deployments.stack $@
+
+# make approve VERSION=5 REASON="…", reject likewise, rollback REASON="…" [TO=3], history;
+# each with [MODEL=digits-cnn].
+approve reject rollback history: export PREFECT_API_URL ?= http://127.0.0.1:$(or $(STACK_PREFECT_PORT),4200)/api
+MODEL ?= mnist-cnn
+WHO ?= $(USER)
+export MODEL WHO VERSION REASON TO
+PROMOTE := $(BIN)/prefect deployment run --watch --param model="$$MODEL"
+
+approve reject: $(STAMP) ## judge the version that awaits approval
+	$(PROMOTE) promote/manual --param judgement=$@ --param version="$$VERSION" \
+		--param reason="$$REASON" --param who="$$WHO"
+
+rollback: $(STAMP) ## make an earlier champion champion again
+	$(PROMOTE) promote/rollback --param to="$${TO:-null}" --param reason="$$REASON" --param who="$$WHO"
+
+history: $(STAMP) ## every move of the champion, verified
+	$(PROMOTE) promote/history
 
 check: $(STAMP) ## lint, format, types, import contracts
 	$(BIN)/ruff check .

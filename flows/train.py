@@ -14,7 +14,13 @@ from tasks.decide import decide_promotion
 from tasks.evaluate import evaluate_models
 from tasks.preflight import check_services
 from tasks.records import RejectedSnapshot
-from tasks.registry import find_champion, register_candidate, set_challenger, set_champion
+from tasks.registry import (
+    find_champion,
+    link_version,
+    register_candidate,
+    set_challenger,
+    set_champion,
+)
 from tasks.report import report_decision, report_rejection
 from tasks.snapshot import Dataset, take_snapshot
 from tasks.storage import DEFAULT_STORE
@@ -22,6 +28,8 @@ from tasks.train import train_model
 from tasks.validate import validate_snapshot
 
 Processes = Annotated[int, Field(ge=1, le=64)]
+
+_COMPARISONS = 3  # with a champion that somebody replaces meanwhile, before the run gives up
 
 
 def name_run() -> str:
@@ -57,20 +65,29 @@ def train(
         summary = report_rejection(validated)
         return Failed(name=summary.verdict, message=summary.reason)
     candidate = train_model(validated, training, device, processes)
-    champion = find_champion(candidate.name)
-    models = {"candidate": candidate.model} | ({"champion": champion.model} if champion else {})
-    measured = evaluate_models(models, snapshot)
     policy = promotion or POLICIES.get(snapshot.dataset)
-    decision, record = decide_promotion(
-        measured["candidate"], measured.get("champion"), snapshot, policy
-    )
-    version = register_candidate(candidate, decision, record)
-    if decision.verdict == "promote":
-        set_champion(version, replaces=champion)
+    for _ in range(_COMPARISONS):
+        champion = find_champion(candidate.name)
+        models = {"candidate": candidate.model} | ({"champion": champion.model} if champion else {})
+        measured = evaluate_models(models, snapshot)
+        ours = measured["candidate"]
+        decision, record = decide_promotion(ours, measured.get("champion"), snapshot, policy)
+        version = register_candidate(candidate, ours, decision, record)
+        if decision.verdict != "promote":
+            break
+        if set_champion(version, champion, decision.reason, store):
+            break
+    else:
+        return Failed(
+            name="Champion changed",
+            message=f"the champion of {candidate.name} changed during each of {_COMPARISONS} "
+            "comparisons; nothing was promoted: find out who moves it, and run again",
+        )
     if decision.verdict == "needs-approval":
         set_challenger(version)
     cards = publish_cards(validated, candidate, measured, decision, version)
     summary = report_decision(
         validated, candidate, measured, (decision, record), (version, champion), cards
     )
+    link_version(version, summary.links)
     return Completed(name=summary.verdict, message=summary.reason)

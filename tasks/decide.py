@@ -23,21 +23,23 @@ def decide_promotion(
     """Decide whether the candidate replaces the champion; return the decision and its address.
 
     The record of every decision on a test split lies together, promotions and rejections alike, so
-    that they can be counted. A repeat within the same flow run returns what was decided.
+    that they can be counted. A repeat within the same flow run returns what was decided against the
+    same champion.
     """
     store = Store(snapshot.store)
     test = read_split(snapshot, "test")
     test_split = test.digest()
     folder = f"datasets/{snapshot.dataset}/decisions/{test_split}/"
     earlier = store.names(folder)  # they begin with the time, so that this is their order
-    for name in earlier:
-        if name.endswith(f"{runtime.flow_run.id}.json"):
-            return Decision.model_validate_json(store.get(name)), store.address_of(name)
     decided = [Decision.model_validate_json(store.get(name)) for name in earlier]
+    against = champion.model if champion else None
+    for name, made in zip(earlier, decided, strict=True):
+        if name.endswith(f"{runtime.flow_run.id}.json") and made.champion == against:
+            return made, store.address_of(name)
     history = ReuseHistory(test_split, tuple(decision.candidate for decision in decided))
     decision = decide(
-        _scored(candidate, store, test, test_split),
-        _scored(champion, store, test, test_split) if champion else None,
+        score(candidate, store, test, test_split),
+        score(champion, store, test, test_split) if champion else None,
         policy,
         history,
     )
@@ -47,8 +49,8 @@ def decide_promotion(
     return decision, address
 
 
-def _scored(measured: Evaluation, store: Store, test: Digits, test_split: str) -> Scored:
-    """Read the outcome of every image and put it beside the figures."""
+def score(measured: Evaluation, store: Store, test: Digits, test_split: str) -> Scored:
+    """Read the outcome of every image of an evaluation and put it beside its figures."""
     arrays = np.load(io.BytesIO(store.get(store.name_of(measured.outcomes))), allow_pickle=False)
     right = arrays["probabilities"].argmax(1) == test.labels
     return Scored(

@@ -1,6 +1,7 @@
 """Measure candidate and champion afresh on the same test images, clean and corrupted."""
 
 import io
+import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -12,13 +13,16 @@ from prefect import get_run_logger, runtime, task
 
 from mnist_cnn.cost import measure_size, measure_times
 from mnist_cnn.digits import Digits
-from mnist_cnn.evaluation import Evaluation, Outcomes, evaluate, measure_all
+from mnist_cnn.evaluation import Evaluation, Outcomes, evaluate, measure_all, predict
 from mnist_cnn.statistics import measure_shift
-from tasks.records import Snapshot
+from tasks.records import ModelVersion, Snapshot
 from tasks.storage import Store, read_split, worth_another_try
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+_DEVICE_DIFFERENCE = 0.002  # of accuracy: another device may round a few images to another digit
 
 
 class ModelUnusable(RuntimeError):
@@ -32,10 +36,22 @@ def evaluate_models(models: Mapping[str, str], snapshot: Snapshot) -> dict[str, 
     Every model sees the very same images, and each is corrupted only once. The outcome of every
     image is stored. Raises ModelUnusable for a model that does not load or classify.
     """
+    loaded = {role: load_model(address) for role, address in models.items()}
+    evaluations, outcomes = evaluate_networks(loaded, models, snapshot)
+    store, test = Store(snapshot.store), read_split(snapshot, "test")
+    pictures = _draw(evaluations, outcomes["candidate"], loaded["candidate"][0], test)
+    for name, picture in pictures.items():
+        store.put(f"runs/{runtime.flow_run.id}/pictures/{name}.png", picture)
+    return evaluations
+
+
+def evaluate_networks(
+    loaded: "Mapping[str, tuple[nn.Module, int]]", models: Mapping[str, str], snapshot: Snapshot
+) -> tuple[dict[str, Evaluation], dict[str, Outcomes]]:
+    """Measure networks, given with the bytes of their files, and store their outcomes."""
     logger = get_run_logger()
     folder = f"runs/{runtime.flow_run.id}"
     train, test = read_split(snapshot, "train"), read_split(snapshot, "test")
-    loaded = {role: load_model(address) for role, address in models.items()}
     networks = {role: network for role, (network, _) in loaded.items()}
     try:
         measured = measure_all(networks, test)
@@ -67,10 +83,35 @@ def evaluate_models(models: Mapping[str, str], snapshot: Snapshot) -> dict[str, 
         logger.info("%s %s: accuracy %.4f", role, models[role], evaluations[role].accuracy)
         for gap in evaluations[role].gaps:
             logger.warning("%s was not measured completely: %s", role, gap)
-    pictures = _draw(evaluations, measured["candidate"], networks["candidate"], test)
-    for name, picture in pictures.items():
-        store.put(f"{folder}/pictures/{name}.png", picture)
-    return evaluations
+    return evaluations, measured
+
+
+@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+def try_version(version: ModelVersion, store: str) -> float:
+    """Load a version and let it classify the test images of its own snapshot; return its accuracy.
+
+    Raises ModelUnusable if it does not load, or does not do what it did when it was evaluated.
+    """
+    from mlflow import MlflowClient  # noqa: PLC0415 - 2 s to import
+
+    network, _ = load_model(version.model)
+    dataset = version.name.removesuffix("-cnn")
+    place = Store(store)
+    manifest = place.get(f"datasets/{dataset}/snapshots/{version.snapshot}.json")
+    test = read_split(
+        Snapshot(**json.loads(manifest) | {"store": place.address, "digest": version.snapshot}),
+        "test",
+    )
+    accuracy = float((predict(network, test.images).argmax(1) == test.labels).mean())
+    tags = MlflowClient().get_model_version(version.name, version.version).tags
+    expected = float(tags["accuracy"])
+    if abs(accuracy - expected) > _DEVICE_DIFFERENCE:
+        raise ModelUnusable(
+            f"{version.model} loads, but has accuracy {accuracy:.4f} on the test images on which "
+            f"it had {expected:.4f} when it was evaluated: choose another version, or retrain"
+        )
+    get_run_logger().info("%s loads and has accuracy %.4f", version.model, accuracy)
+    return accuracy
 
 
 def load_model(address: str) -> "tuple[nn.Module, int]":

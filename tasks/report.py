@@ -1,9 +1,14 @@
 """Tell people what a run did: where they look, and in words."""
 
+import json
 from collections.abc import Mapping
+from urllib.parse import quote
 
 from prefect import runtime, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.client.orchestration import get_client
+from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_UI_URL
 
 from mnist_cnn.evaluation import Evaluation
 from mnist_cnn.promotion import Decision, Verdict
@@ -58,10 +63,13 @@ def report_decision(
     (decision, record), (version, old_champion) = decided, versions
     ours, theirs = measured["candidate"], measured.get("champion")
     champion = version if decision.verdict == "promote" else old_champion
+    form = _approval_form(version) if decision.verdict == "needs-approval" else {}
     summary = RunSummary(
         flow_run=str(runtime.flow_run.id),
         verdict=_STATE_NAMES[decision.verdict],
-        reason=decision.reason,
+        reason="; ".join(
+            [decision.reason, *(f"approve or reject: {url}" for url in form.values())]
+        ),
         dataset=snapshot.dataset,
         accuracy=ours.accuracy,
         champion_accuracy=theirs.accuracy if theirs else None,
@@ -73,6 +81,7 @@ def report_decision(
             **_mlflow_links(candidate, version),
             **cards,
             "decision record": store.link(store.name_of(record)),
+            **form,
         },
     )
     checks = [
@@ -136,6 +145,18 @@ def _mlflow_links(candidate: Candidate, version: ModelVersion) -> dict[str, str]
         "MLflow run": f"{server}/#/experiments/{experiment}/runs/{candidate.run_id}",
         "registered version": f"{server}/#/models/{version.name}/versions/{version.version}",
     }
+
+
+def _approval_form(version: ModelVersion) -> dict[str, str]:
+    """Return the link to the form of promote/manual, with what is known filled in."""
+    with get_client(sync_client=True) as prefect:
+        try:
+            form = prefect.read_deployment_by_name("promote/manual").id
+        except ObjectNotFound:  # promote/manual is not deployed on this server
+            return {}
+    known = quote(json.dumps({"model": version.name, "version": int(version.version)}))
+    server = str(PREFECT_UI_URL.value()).rstrip("/")
+    return {"approval form": f"{server}/deployments/deployment/{form}/run?parameters={known}"}
 
 
 def _per_class(candidate: Evaluation, champion: Evaluation | None) -> str:

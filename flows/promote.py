@@ -1,0 +1,93 @@
+"""What people do to champions: approve or reject a challenger, roll back, read the history."""
+
+from typing import Annotated, Literal
+
+from prefect import flow
+from prefect.client.schemas import State
+from prefect.states import Completed, Failed
+from pydantic import Field, StringConstraints
+
+from tasks.evaluate import try_version
+from tasks.history import Account
+from tasks.registry import (
+    approve_challenger,
+    find_rollback,
+    reject_challenger,
+    roll_back_champion,
+    show_history,
+)
+from tasks.storage import DEFAULT_STORE
+
+Words = Annotated[str, StringConstraints(min_length=1, pattern=r"\S")]
+Number = Annotated[int, Field(ge=1)]
+
+
+@flow(name="promote", flow_run_name="{judgement} {model} {version}")
+def judge(
+    *,
+    judgement: Literal["approve", "reject"],
+    version: Number,
+    reason: Words,
+    who: Words,
+    model: Words = "mnist-cnn",
+    store: str = DEFAULT_STORE,
+) -> State[object]:
+    """Approve or reject the challenger. An approval is refused if anything changed since.
+
+    Args:
+        judgement: What you decided.
+        version: Which version you judged: the one that the run in the state Awaiting approval made.
+        reason: Why, for whoever reads the history.
+        who: Your name.
+        model: The registered model.
+        store: Where records are kept.
+
+    """
+    account = Account(who=who, why=reason)
+    if judgement == "reject":
+        rejected = reject_challenger(model, version, account, store)
+        return Completed(name="Rejected", message=f"{rejected.model} stays what it was; {reason}")
+    champion = approve_challenger(model, version, account, store)
+    return Completed(name="Approved", message=f"the champion is {champion.model}; {reason}")
+
+
+@flow(name="promote", flow_run_name="roll back {model}")
+def roll_back(
+    reason: Words,
+    who: Words,
+    to: Number | None = None,
+    model: Words = "mnist-cnn",
+    store: str = DEFAULT_STORE,
+) -> State[object]:
+    """Make an earlier champion champion again, once it has been seen to load and to classify.
+
+    Args:
+        reason: Why, for whoever reads the history.
+        who: Your name.
+        to: A version that was promoted once; empty: the previous champion.
+        model: The registered model.
+        store: Where records are kept.
+
+    """
+    target, champion = find_rollback(model, to)
+    accuracy = try_version(target, store)
+    roll_back_champion(target, champion, Account(who=who, why=reason), store)
+    return Completed(
+        name="Rolled back",
+        message=f"the champion is {target.model}, accuracy {accuracy:.4f}; {reason}",
+    )
+
+
+@flow(name="promote", flow_run_name="history of {model}")
+def tell_history(model: Words = "mnist-cnn", store: str = DEFAULT_STORE) -> State[object]:
+    """List every move of the champion, and verify that none was changed or taken out.
+
+    Args:
+        model: The registered model.
+        store: Where records are kept.
+
+    """
+    moves, problems = show_history(model, store)
+    if problems:
+        return Failed(name="History broken", message="; ".join(problems))
+    return Completed(name="History whole", message=f"{moves} moves, each follows the one before")

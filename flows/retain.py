@@ -1,0 +1,31 @@
+"""Remove what nobody needs any more."""
+
+from prefect import flow
+from prefect.client.schemas import State
+from prefect.states import Completed
+
+from tasks.retain import RetentionPolicy, plan_removals, remove, report_removals
+from tasks.storage import DEFAULT_STORE
+
+
+@flow(name="retain")
+def retain(
+    policy: RetentionPolicy = RetentionPolicy(),
+    *,
+    dry_run: bool = True,
+    store: str = DEFAULT_STORE,
+) -> State[object]:
+    """Remove checkpoints of ended runs and artifacts of versions that lost; list them.
+
+    Args:
+        policy: How long to keep what nothing depends on.
+        dry_run: Only list what would be removed.
+        store: Where data and records are kept.
+
+    """
+    removals = plan_removals(policy, store)
+    if not dry_run:
+        removals = remove(removals, store)
+    report_removals(removals, dry_run=dry_run)
+    name = "Nothing removed, dry run" if dry_run else "Removed"
+    return Completed(name=name, message="; ".join(removal.what for removal in removals) or "none")

@@ -1,0 +1,51 @@
+"""Let one run at a time change what the registry promises about a model."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import (
+    GlobalConcurrencyLimitCreate,
+    GlobalConcurrencyLimitUpdate,
+)
+from prefect.concurrency.sync import concurrency
+from prefect.exceptions import ObjectAlreadyExists
+
+_LEASE_SECONDS = 60  # the least that Prefect allows; a promotion takes one or two
+_PATIENCE_SECONDS = 600
+
+
+class PromotionsBusy(ConnectionError):
+    """Other promotions of this model did not end in time."""
+
+
+@contextmanager
+def exclusive(name: str) -> Iterator[None]:
+    """Hold the only right to move the aliases of a model, on any machine of this Prefect server.
+
+    A holder that dies blocks the others for its lease of a minute, no longer.
+    """
+    limit = f"promote-{name}"
+    with get_client(sync_client=True) as prefect:
+        try:
+            wanted = GlobalConcurrencyLimitCreate(name=limit, limit=1)
+            prefect.create_global_concurrency_limit(wanted)
+        except ObjectAlreadyExists:  # perhaps with another limit, or switched off, by hand
+            bound = GlobalConcurrencyLimitUpdate(limit=1, active=True)
+            prefect.update_global_concurrency_limit(limit, bound)
+    with ExitStack() as held:
+        try:
+            held.enter_context(
+                concurrency(
+                    limit,
+                    timeout_seconds=_PATIENCE_SECONDS,
+                    lease_duration=_LEASE_SECONDS,
+                    strict=True,
+                )
+            )
+        except TimeoutError as error:
+            raise PromotionsBusy(
+                f"other runs held the concurrency limit {limit} for {_PATIENCE_SECONDS} s; nothing "
+                "was moved: look for a promotion that hangs, cancel it, and run again"
+            ) from error
+        yield

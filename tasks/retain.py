@@ -1,0 +1,223 @@
+"""Remove what nobody needs any more, and nothing else.
+
+What it may remove is listed here, so that everything else stays: checkpoints of runs that ended,
+what a gate check left behind when it was killed, and the artifacts of versions that were judged,
+never promoted and have no alias. Snapshots, decisions, outcomes and the registry's records stay.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, Literal
+from uuid import UUID
+
+from prefect import get_run_logger, task
+from prefect.artifacts import create_table_artifact
+from prefect.client.orchestration import get_client
+from prefect.exceptions import ObjectNotFound
+from pydantic import BaseModel, Field
+
+from tasks.history import Move
+from tasks.promotion_lock import exclusive
+from tasks.storage import Store, worth_another_try
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion as RegisteredVersion
+
+REMOVED = "artifacts_removed"
+"""The tag of a version whose artifacts are gone."""
+
+
+class RetentionPolicy(BaseModel, frozen=True, extra="forbid"):
+    """How long to keep what nothing depends on."""
+
+    checkpoint_days: int = Field(
+        14, ge=1, description="Days after a run's end in which it may still be resumed."
+    )
+    rejected_days: int = Field(
+        90, ge=1, description="Days for which the artifacts of a version that lost are kept."
+    )
+
+
+class Removal(BaseModel, frozen=True):
+    """Something to remove: objects under a prefix of the store, or the artifacts of a version."""
+
+    kind: Literal["objects", "artifacts"]
+    what: str
+    """A prefix in the store, or `NAME/VERSION`."""
+    why: str
+
+
+@dataclass(frozen=True)
+class Version:
+    """What retention has to know about a registered version."""
+
+    name: str
+    number: str
+    source: str
+    """The logged model that it points to."""
+    created: datetime
+    aliased: bool
+    tags: Mapping[str, str]
+
+    @property
+    def needed(self) -> bool:
+        """Whether it has an alias, was ever promoted, or was never judged."""
+        moves = [
+            Move.model_validate_json(text)
+            for key, text in self.tags.items()
+            if key.startswith("history.")
+        ]
+        return (
+            self.aliased
+            or self.tags.get("verdict") not in {"keep", "needs-approval"}
+            or any(move.action != "reject" for move in moves)
+        )
+
+
+def choose_removals(
+    ended: Mapping[str, datetime],
+    versions: Iterable[Version],
+    policy: RetentionPolicy,
+    now: datetime,
+) -> list[Removal]:
+    """Return what the policy no longer wants.
+
+    `ended` says of each prefix that belongs to one run when that run ended.
+    """
+    versions = list(versions)
+    needed = {version.source for version in versions if version.needed}
+    removals = [
+        Removal(kind="objects", what=prefix, why=f"its run ended {end:%Y-%m-%d}")
+        for prefix, end in sorted(ended.items())
+        if now - end > timedelta(days=policy.checkpoint_days)
+    ]
+    for version in versions:
+        old = now - version.created > timedelta(days=policy.rejected_days)
+        if old and version.source not in needed and REMOVED not in version.tags:
+            removals.append(
+                Removal(
+                    kind="artifacts",
+                    what=f"{version.name}/{version.number}",
+                    why=f"judged {version.tags['verdict']!r} on {version.created:%Y-%m-%d}, never "
+                    "promoted, without alias",
+                )
+            )
+    return removals
+
+
+@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+def plan_removals(policy: RetentionPolicy, store: str) -> list[Removal]:
+    """Look at store, runs and registry, and return what the policy no longer wants."""
+    return choose_removals(_ended(Store(store)), _versions(), policy, datetime.now(UTC))
+
+
+@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+def remove(removals: list[Removal], store: str) -> list[Removal]:
+    """Remove what was planned, unless it is needed by now; return what was removed."""
+    place, logger, removed = Store(store), get_run_logger(), list[Removal]()
+    for removal in removals:
+        if removal.kind == "objects":
+            for name in place.names(removal.what):
+                place.remove(name)
+            removed.append(removal)
+        elif _remove_artifacts(*removal.what.split("/")):
+            removed.append(removal)
+        else:
+            logger.warning("%s stays: it is needed by now", removal.what)
+    return removed
+
+
+@task
+def report_removals(removals: list[Removal], *, dry_run: bool) -> None:
+    """Publish the list of what was removed, or would be."""
+    logger = get_run_logger()
+    verb = "would be removed" if dry_run else "removed"
+    for removal in removals:
+        logger.info("%s: %s (%s)", verb, removal.what, removal.why)
+    create_table_artifact(
+        [removal.model_dump() for removal in removals],
+        key="retention",
+        description=f"{len(removals)} {verb}",
+    )
+
+
+def _remove_artifacts(name: str, number: str) -> bool:
+    from mlflow import MlflowClient  # noqa: PLC0415 - 2 s to import
+    from mlflow.store.artifact.artifact_repository_registry import (  # noqa: PLC0415
+        get_artifact_repository,
+    )
+
+    client = MlflowClient()
+    with exclusive(name):
+        version = client.get_model_version(name, number)
+        if _describe(version, aliased=bool(version.aliases)).needed:
+            return False
+        # The tag first: a version whose artifacts are half gone must say so.
+        client.set_model_version_tag(name, number, REMOVED, f"{datetime.now(UTC):%Y-%m-%d}")
+        repository: Any = get_artifact_repository(  # its methods have no types
+            client.get_model_version_download_uri(name, number)
+        )
+        repository.delete_artifacts()
+    return True
+
+
+def _versions() -> list[Version]:
+    """Return all versions; the aliases, which a search leaves out, come from their models."""
+    from mlflow import MlflowClient  # noqa: PLC0415
+
+    client = MlflowClient()
+    aliased = {
+        (model.name, str(number))
+        for model in _every(client.search_registered_models)
+        for number in model.aliases.values()
+    }
+    return [
+        _describe(version, aliased=(version.name, str(version.version)) in aliased)
+        for version in _every(client.search_model_versions)
+    ]
+
+
+def _every(search: Callable[..., Any]) -> Iterator[Any]:
+    token = None
+    while True:
+        page = search(page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _describe(version: "RegisteredVersion", *, aliased: bool) -> Version:
+    return Version(
+        name=version.name,
+        number=str(version.version),
+        source=str(version.source),
+        created=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC),
+        aliased=aliased,
+        tags=version.tags,
+    )
+
+
+def _ended(store: Store) -> dict[str, datetime]:
+    """Return the prefixes that a run no longer needs once it has ended, and when it did.
+
+    A run that Prefect does not know may belong to another server: what it wrote stays.
+    """
+    prefixes = set[str]()
+    for name in [*store.names("runs/"), *store.names("gate-check/")]:
+        root, run, *rest = name.split("/")
+        if root == "gate-check":
+            prefixes.add(f"gate-check/{run}/")
+        elif rest[0] == "checkpoints":
+            prefixes.add(f"runs/{run}/checkpoints/")
+    ended = dict[str, datetime]()
+    with get_client(sync_client=True) as prefect:
+        for prefix in prefixes:
+            try:
+                found = prefect.read_flow_run(UUID(prefix.split("/")[1]))
+            except (ObjectNotFound, ValueError):
+                continue
+            if found.state and found.state.is_final() and found.end_time:
+                ended[prefix] = found.end_time
+    return ended
