@@ -16,6 +16,7 @@ from tasks.preflight import check_services
 from tasks.records import RejectedSnapshot
 from tasks.registry import (
     find_champion,
+    find_previous,
     link_version,
     register_candidate,
     set_challenger,
@@ -68,7 +69,12 @@ def train(
     policy = promotion or POLICIES.get(snapshot.dataset)
     for _ in range(_COMPARISONS):
         champion = find_champion(candidate.name)
-        models = {"candidate": candidate.model} | ({"champion": champion.model} if champion else {})
+        known = {
+            "candidate": candidate,
+            "champion": champion,
+            "previous": find_previous(candidate.name),
+        }
+        models = {role: version.model for role, version in known.items() if version}
         measured = evaluate_models(models, snapshot)
         ours = measured["candidate"]
         decision, record = decide_promotion(ours, measured.get("champion"), snapshot, policy)

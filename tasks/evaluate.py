@@ -34,9 +34,17 @@ def evaluate_models(models: Mapping[str, str], snapshot: Snapshot) -> dict[str, 
     """Measure models, given as role and address, on the snapshot's test split.
 
     Every model sees the very same images, and each is corrupted only once. The outcome of every
-    image is stored. Raises ModelUnusable for a model that does not load or classify.
+    image is stored. Raises ModelUnusable for a model that does not load or classify; a "previous"
+    that does not load is only left out, since it decides nothing.
     """
-    loaded = {role: load_model(address) for role, address in models.items()}
+    loaded = {}
+    for role, address in models.items():
+        try:
+            loaded[role] = load_model(address)
+        except ModelUnusable as error:
+            if role != "previous":
+                raise
+            get_run_logger().warning("the previous champion is not shown: %s", error)
     evaluations, outcomes = evaluate_networks(loaded, models, snapshot)
     store, test = Store(snapshot.store), read_split(snapshot, "test")
     pictures = _draw(evaluations, outcomes["candidate"], loaded["candidate"][0], test)

@@ -56,6 +56,13 @@ def find_champion(name: str) -> ModelVersion | None:
 
 
 @task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+def find_previous(name: str) -> ModelVersion | None:
+    """Return the champion before the present one, which the card shows beside it."""
+    with _asking(f"the previous champion of {name}"):
+        return _find_champion(name, PREVIOUS)
+
+
+@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
 def register_candidate(
     candidate: Candidate, measured: Evaluation, decision: Decision, decision_record: str
 ) -> ModelVersion:
@@ -339,13 +346,13 @@ def _append(name: str, number: str, text: str) -> None:
         MlflowClient().update_model_version(name, number, f"{description}\n\n{text}")
 
 
-def _find_champion(name: str) -> ModelVersion | None:
+def _find_champion(name: str, alias: str = CHAMPION) -> ModelVersion | None:
     from mlflow import MlflowClient  # noqa: PLC0415
     from mlflow.exceptions import MlflowException  # noqa: PLC0415
 
     client = MlflowClient()
     try:
-        version = client.get_registered_model(name).aliases.get(CHAMPION)
+        version = client.get_registered_model(name).aliases.get(alias)
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return None

@@ -22,6 +22,9 @@ from mnist_cnn.training import TrainingConfig, train
 from tasks.storage import DEFAULT_STORE, Store
 
 STEPS = 600
+THREADS = torch.get_num_threads()
+"""What torch chooses by itself; read before any fixture changes it."""
+
 CONFIG = TrainingConfig(min_steps=STEPS, batch_size=64, checkpoint_every_steps=50, seed=11)
 
 
@@ -87,13 +90,18 @@ def retry(run_id: UUID) -> FlowRun:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(stack: Stack) -> dict[str, torch.Tensor]:
-    return train(embedded_sample()[0], CONFIG).model.state_dict()
+def uninterrupted() -> dict[str, torch.Tensor]:
+    """Train here with as many threads as the flow's process takes: their number rounds sums."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    weights = train(embedded_sample()[0], CONFIG).model.state_dict()
+    torch.set_num_threads(before)
+    return weights
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
 def test_a_killed_run_goes_on_and_ends_with_the_weights_of_an_uninterrupted_one(
-    uninterrupted: dict[str, torch.Tensor], number: int
+    stack: Stack, uninterrupted: dict[str, torch.Tensor], number: int
 ) -> None:
     run_id, step = begin_and_signal(number)
     assert step < STEPS
