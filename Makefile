@@ -11,8 +11,10 @@ demo: $(STAMP) ## set everything up, retrain once through the real stack, show w
 run: $(STAMP) ## retrain once on the stack that is up: make run PARAMS="--param dataset=digits"
 	$(BIN)/python -m deployments.demo $(PARAMS)
 
+# Two processes, each with servers of its own: most of the time is waiting. With one thread each,
+# because threads that wait for each other's core make training up to forty times slower.
 test: $(STAMP) ## everything that the tests need, and the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
 
 up down status: $(STAMP) ## the local stack: start, stop, look
 	$(BIN)/python -m deployments.stack $@

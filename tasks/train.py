@@ -279,9 +279,9 @@ def _metered() -> Iterator[_Meter]:
                 "codecarbon": used.codecarbon_version,
                 "cloud_provider": used.cloud_provider,
                 "region": used.country_name if country else f"{used.country_name} (assumed)",
-                "method": "the machine's own power counters"
+                "method": "from the machine's own power counters"
                 if counted
-                else "an estimate from processor model and load; no power counter was readable",
+                else "from the processor's model and load; no power counter was readable",
             }
 
 
