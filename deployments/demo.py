@@ -109,6 +109,9 @@ def _show(prefect: SyncPrefectClient, run: FlowRun) -> None:
         print("The run ended before it could report; its log says why:", url_for(run))
         return
     summary = RunSummary.model_validate_json(content)
+    if summary.dataset == "digits" and run.parameters.get("dataset") == "auto":
+        print("  MNIST COULD NOT BE HAD: this run used the embedded sample of 1,797 digits.")
+        print("  To use MNIST set MNIST_MIRROR, then `make down` and `make demo`.\n")
     figures = {
         "data set": summary.dataset,
         "candidate": _figure(summary.version, summary.accuracy),
