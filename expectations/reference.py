@@ -38,6 +38,23 @@ class ReferenceProfile(BaseModel, frozen=True, extra="forbid"):
 
     features: dict[str, FeatureProfile]
 
+    def extended(self, table: "pd.DataFrame") -> "ReferenceProfile":
+        """Return the profile with the images of a table counted in as well, in the same bins."""
+        return ReferenceProfile(
+            features={
+                feature: FeatureProfile(
+                    edges=p.edges,
+                    counts=tuple(
+                        (
+                            np.array(p.counts)
+                            + _counts(table[feature].to_numpy(), np.array(p.edges))
+                        ).tolist()
+                    ),
+                )
+                for feature, p in self.features.items()
+            }
+        )
+
 
 def reference_profile(table: "pd.DataFrame") -> ReferenceProfile:
     """Return the profile of an image table: a bin for each digit, and tenths of every feature.

@@ -7,11 +7,13 @@ from prefect.client.schemas import State
 from prefect.states import Completed, Failed
 from pydantic import Field
 
+from flows.ingest import QuietMinutes, take_in
 from mnist_cnn.promotion import POLICIES, PromotionPolicy
 from mnist_cnn.training import Device, TrainingConfig
 from tasks.card import publish_cards
 from tasks.decide import decide_promotion
 from tasks.evaluate import evaluate_models
+from tasks.fingerprint import find_repeat, fingerprint
 from tasks.preflight import check_services
 from tasks.records import RejectedSnapshot
 from tasks.registry import (
@@ -22,11 +24,10 @@ from tasks.registry import (
     set_challenger,
     set_champion,
 )
-from tasks.report import report_decision, report_rejection
-from tasks.snapshot import Dataset, take_snapshot
+from tasks.report import report_decision, report_rejection, report_skip
+from tasks.snapshot import Dataset
 from tasks.storage import DEFAULT_STORE
 from tasks.train import train_model
-from tasks.validate import validate_snapshot
 
 Processes = Annotated[int, Field(ge=1, le=64)]
 
@@ -47,26 +48,38 @@ def train(
     store: str = DEFAULT_STORE,
     device: Device = "auto",
     processes: Processes = 1,
+    quiet_minutes: QuietMinutes = 10,
+    *,
+    force: bool = False,
 ) -> State[object]:
-    """Retrain on the present data, and promote the result if it is proved to be no worse.
+    """Take in new data, retrain, and promote the result if it is proved to be no worse.
 
     Args:
-        dataset: `mnist`, `digits` (the embedded sample), or `auto`: MNIST if it can be had.
+        dataset: `mnist`, `digits` (the embedded sample), `auto` (MNIST if it can be had), or a data
+            set of your own.
         training: How the CNN is trained.
         promotion: What the candidate has to prove; empty: the data set's own policy.
         store: Where data and records are kept, `s3://BUCKET` or `s3://BUCKET/PREFIX`.
         device: `auto` takes cuda, else mps, else cpu.
         processes: More than one trains under torchrun, one process for each GPU.
+        quiet_minutes: A batch without the marker `_SUCCESS` is complete once nothing was written
+            to it for so long.
+        force: Train even if the champion was trained on the same data, in the same way.
 
     """
     check_services(store)
-    snapshot = take_snapshot(dataset, store)
-    validated = validate_snapshot(snapshot)
+    validated, _, arrived = take_in(dataset, store, quiet_minutes)
     if isinstance(validated, RejectedSnapshot):
         summary = report_rejection(validated)
         return Failed(name=summary.verdict, message=summary.reason)
-    candidate = train_model(validated, training, device, processes)
+    snapshot = validated.snapshot
     policy = promotion or POLICIES.get(snapshot.dataset)
+    made_of = fingerprint(snapshot, training, policy, device, processes)
+    champion = find_champion(snapshot.model_name)
+    if not force and (repeat := find_repeat(champion, made_of)):
+        summary = report_skip(validated, champion, f"{repeat} ({arrived})")
+        return Completed(name=summary.verdict, message=summary.reason)
+    candidate = train_model(validated, training, device, processes)
     for _ in range(_COMPARISONS):
         champion = find_champion(candidate.name)
         known = {
@@ -78,7 +91,7 @@ def train(
         measured = evaluate_models(models, snapshot)
         ours = measured["candidate"]
         decision, record = decide_promotion(ours, measured.get("champion"), snapshot, policy)
-        version = register_candidate(candidate, ours, decision, record)
+        version = register_candidate(candidate, ours, decision, record, made_of)
         if decision.verdict != "promote":
             break
         if set_champion(version, champion, decision.reason, store):

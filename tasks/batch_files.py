@@ -60,7 +60,7 @@ _MAX_THRIFT_ITEMS = 10_000  # row groups or columns in a footer
 _MAX_PAGES = 100_000  # pages of a column in a file
 _ROWS = 4096  # images decoded at a time: 3.2 MB, and the vectors of the row filters fit in a cache
 _MAX_PAGE_HEADER = 64 << 10  # bytes; some writers put the smallest and largest value into it
-_MARKER = "_SUCCESS"
+MARKER = "_SUCCESS"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _IDX_NAME = re.compile(r"(.*)(images[.-]idx3|labels[.-]idx1)-ubyte(\.gz)?")
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -114,7 +114,7 @@ def check_names(files: Mapping[str, int]) -> None:
                 f"{name[:MAX_NAME]!a} is no plain file name; expected at most {MAX_NAME} "
                 "letters, digits, '.', '_' and '-', no '.' at the start and no folders"
             )
-    sizes = {name: size for name, size in files.items() if name != _MARKER}
+    sizes = {name: size for name, size in files.items() if name != MARKER}
     if not sizes:
         raise BadBatch("the batch has no file; expected an IDX pair or Parquet files")
     _check_formats(list(sizes))
@@ -156,7 +156,7 @@ def parse_batch(files: Mapping[str, bytes]) -> RawBatch:
     else, whatever they hold.
     """
     check_names({name: len(content) for name, content in files.items()})
-    names = sorted(name for name in files if name != _MARKER)
+    names = sorted(name for name in files if name != MARKER)
     if names[0].endswith(".parquet"):
         return _parse_parquet({name: files[name] for name in names})
     labels, images = sorted(names, key=lambda name: "images" in _IDX_NAME.fullmatch(name)[2])  # type: ignore[index] # check_names matched it

@@ -10,7 +10,8 @@ from mnist_cnn.digits import Digits
 from mnist_cnn.evaluation import Evaluation
 from mnist_cnn.promotion import Decision, PromotionPolicy, ReuseHistory, Scored, decide
 from tasks.records import Snapshot
-from tasks.storage import Store, read_split, worth_another_try
+from tasks.shards import read_split
+from tasks.storage import Store, worth_another_try
 
 
 @task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)

@@ -1,11 +1,7 @@
 """Measure candidate and champion afresh on the same test images, clean and corrupted."""
 
 import io
-import json
-import os
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,18 +11,16 @@ from mnist_cnn.cost import measure_size, measure_times
 from mnist_cnn.digits import Digits
 from mnist_cnn.evaluation import Evaluation, Outcomes, evaluate, measure_all, predict
 from mnist_cnn.statistics import measure_shift
+from tasks.models import ModelUnusable, load_model
 from tasks.records import ModelVersion, Snapshot
-from tasks.storage import Store, read_split, worth_another_try
+from tasks.shards import read_snapshot, read_split
+from tasks.storage import Store, worth_another_try
 
 if TYPE_CHECKING:
     from torch import nn
 
 
 _DEVICE_DIFFERENCE = 0.002  # of accuracy: another device may round a few images to another digit
-
-
-class ModelUnusable(RuntimeError):
-    """A model that the registry offers cannot be loaded or does not classify digits."""
 
 
 @task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
@@ -105,11 +99,7 @@ def try_version(version: ModelVersion, store: str) -> float:
     network, _ = load_model(version.model)
     dataset = version.name.removesuffix("-cnn")
     place = Store(store)
-    manifest = place.get(f"datasets/{dataset}/snapshots/{version.snapshot}.json")
-    test = read_split(
-        Snapshot(**json.loads(manifest) | {"store": place.address, "digest": version.snapshot}),
-        "test",
-    )
+    test = read_split(read_snapshot(place, dataset, version.snapshot), "test")
     accuracy = float((predict(network, test.images).argmax(1) == test.labels).mean())
     tags = MlflowClient().get_model_version(version.name, version.version).tags
     expected = float(tags["accuracy"])
@@ -120,28 +110,6 @@ def try_version(version: ModelVersion, store: str) -> float:
         )
     get_run_logger().info("%s loads and has accuracy %.4f", version.model, accuracy)
     return accuracy
-
-
-def load_model(address: str) -> "tuple[nn.Module, int]":
-    """Load a model from MLflow with unpickling forbidden; return it and the bytes of its file.
-
-    The module maps uint8 (N, 28, 28) to float32 logits (N, 10).
-    """
-    import mlflow.artifacts  # noqa: PLC0415 - 2 s to import
-    import mlflow.pytorch  # noqa: PLC0415
-    from mlflow.exceptions import MlflowException  # noqa: PLC0415
-
-    os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            path = mlflow.artifacts.download_artifacts(address, dst_path=folder)
-            network: nn.Module = mlflow.pytorch.load_model(path)
-        except (MlflowException, OSError, RuntimeError) as error:
-            raise ModelUnusable(
-                f"{address} does not load ({error}); its artifact is gone or damaged: roll back to "
-                "a version that loads, or retrain"
-            ) from error
-        return network, (Path(path) / "data" / "model.pt2").stat().st_size
 
 
 def _draw(

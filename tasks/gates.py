@@ -16,9 +16,11 @@ from pydantic import BaseModel
 from mnist_cnn.digits import Digits
 from mnist_cnn.promotion import Decision, PromotionPolicy, ReuseHistory, decide
 from tasks.decide import score
-from tasks.evaluate import ModelUnusable, evaluate_networks, load_model
+from tasks.evaluate import evaluate_networks
+from tasks.models import ModelUnusable, load_model
 from tasks.records import ModelVersion, RejectedSnapshot, Snapshot, ValidatedSnapshot
-from tasks.storage import Store, read_split, worth_another_try, write_snapshot
+from tasks.shards import read_split, write_snapshot
+from tasks.storage import Store, worth_another_try
 
 _NOISE = "Gaussian noise=0.08"
 

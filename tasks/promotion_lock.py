@@ -1,4 +1,4 @@
-"""Let one run at a time change what the registry promises about a model."""
+"""Let one run at a time change what everybody relies on: a model's aliases, a data set's ledger."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,17 +15,17 @@ _LEASE_SECONDS = 60  # the least that Prefect allows; a promotion takes one or t
 _PATIENCE_SECONDS = 600
 
 
-class PromotionsBusy(ConnectionError):
-    """Other promotions of this model did not end in time."""
+class Busy(ConnectionError):
+    """Other runs that do the same did not end in time."""
 
 
 @contextmanager
-def exclusive(name: str) -> Iterator[None]:
-    """Hold the only right to move the aliases of a model, on any machine of this Prefect server.
+def exclusive(name: str, verb: str = "promote") -> Iterator[None]:
+    """Hold the only right to do this to a model or data set, on any machine of this Prefect server.
 
     A holder that dies blocks the others for its lease of a minute, no longer.
     """
-    limit = f"promote-{name}"
+    limit = f"{verb}-{name}"
     with get_client(sync_client=True) as prefect:
         try:
             wanted = GlobalConcurrencyLimitCreate(name=limit, limit=1)
@@ -44,8 +44,8 @@ def exclusive(name: str) -> Iterator[None]:
                 )
             )
         except TimeoutError as error:
-            raise PromotionsBusy(
+            raise Busy(
                 f"other runs held the concurrency limit {limit} for {_PATIENCE_SECONDS} s; nothing "
-                "was moved: look for a promotion that hangs, cancel it, and run again"
+                "was changed: look for a run that hangs, cancel it, and run again"
             ) from error
         yield

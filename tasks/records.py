@@ -1,5 +1,6 @@
 """What tasks hand each other: small, addressable values that survive a crash; never arrays."""
 
+from datetime import datetime
 from typing import Literal
 
 from pydantic import BaseModel
@@ -27,6 +28,9 @@ class Snapshot(BaseModel, frozen=True):
     train: list[Shard]
     test: list[Shard]
     parent: str | None = None
+    """Digest of the snapshot that this one extends by a batch; None for a base data set."""
+    until: datetime | None = None
+    """When the newest batch in it had arrived; None for a base data set, which has none."""
 
     @property
     def address(self) -> str:
@@ -49,6 +53,43 @@ class Snapshot(BaseModel, frozen=True):
     def images(self, split: Split) -> int:
         """Count the images of one split."""
         return sum(shard.images for shard in self.shards(split))
+
+
+class BatchFile(BaseModel, frozen=True):
+    """A file as a producer dropped it."""
+
+    name: str
+    """Relative to the batch's folder."""
+    bytes: int
+    etag: str
+    """The S3 server's word for its content."""
+
+
+class Verdict(BaseModel, frozen=True):
+    """What became of a batch: an entry of the data set's ledger, which is never changed."""
+
+    sequence: int
+    """Its place in the ledger, from 1."""
+    dataset: str
+    batch: str
+    """The name of its folder under `incoming/`."""
+    accepted: bool
+    reason: str
+    """Why it was put aside, one clause for each failure; of an accepted one, what is worth a look.
+    """
+    digest: str
+    """SHA-256 of the names and contents of its files."""
+    arrived: datetime
+    """When the last of its files was written."""
+    files: list[BatchFile]
+    images: int | None
+    """How many it holds; None if it could not be read."""
+    shards: list[Shard] = []
+    """What was accepted of it."""
+    repeated: int = 0
+    """Images of an accepted batch that were left out because they are in the data set already."""
+    report: str | None = None
+    """Address of the validation report; None if it could not be read."""
 
 
 class ValidatedSnapshot(BaseModel, frozen=True):

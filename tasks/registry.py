@@ -21,6 +21,8 @@ from prefect.artifacts import create_table_artifact
 
 from mnist_cnn.evaluation import Evaluation
 from mnist_cnn.promotion import Decision
+from tasks.fingerprint import TAG as FINGERPRINT
+from tasks.fingerprint import Fingerprint
 from tasks.history import Account, Action, Move, plan_move, read_history, trace
 from tasks.promotion_lock import exclusive
 from tasks.records import Candidate, ModelVersion
@@ -64,7 +66,11 @@ def find_previous(name: str) -> ModelVersion | None:
 
 @task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
 def register_candidate(
-    candidate: Candidate, measured: Evaluation, decision: Decision, decision_record: str
+    candidate: Candidate,
+    measured: Evaluation,
+    decision: Decision,
+    decision_record: str,
+    made_of: Fingerprint | None = None,
 ) -> ModelVersion:
     """Register the candidate, promoted or not, with everything that explains it.
 
@@ -90,6 +96,8 @@ def register_candidate(
         "prefect.flow_run_url": str(flow_run.ui_url),
         "parameters": json.dumps(flow_run.parameters, default=lambda model: model.model_dump()),
     }
+    if made_of:
+        tags[FINGERPRINT] = made_of.model_dump_json()
     with _asking(f"the versions of {candidate.name}"):
         known = [v for v in _versions(candidate.name) if v.run_id == candidate.run_id]
         if known and known[0].tags.get("decision_record") == decision_record:

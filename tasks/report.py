@@ -46,6 +46,26 @@ def report_rejection(rejected: RejectedSnapshot) -> RunSummary:
 
 
 @task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+def report_skip(
+    validated: ValidatedSnapshot, champion: ModelVersion | None, reason: str
+) -> RunSummary:
+    """Publish why nothing was trained."""
+    snapshot = validated.snapshot
+    present = champion.model if champion else None
+    summary = RunSummary(
+        flow_run=str(runtime.flow_run.id),
+        verdict="Skipped",
+        reason=reason,
+        dataset=snapshot.dataset,
+        champion_before=present,
+        champion=present,
+        links=_data_links(snapshot, validated.report),
+    )
+    _publish(summary, snapshot, "Nothing was trained. The parameter `force` trains all the same.")
+    return summary
+
+
+@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
 def report_decision(
     validated: ValidatedSnapshot,
     candidate: Candidate,

@@ -1,18 +1,30 @@
-"""Fetch a data set and keep it as an immutable snapshot."""
+"""Know the present snapshot of a data set, and fetch what a data set begins with."""
 
 import hashlib
 import os
 from http.client import HTTPException
-from typing import Literal
+from typing import Annotated
 from urllib.request import urlopen
 
 from prefect import get_run_logger, task
+from pydantic import StringConstraints
 
 from mnist_cnn.digits import Digits, digits_from_idx, embedded_sample
-from tasks.records import Snapshot
-from tasks.storage import Store, worth_another_try, write_snapshot
+from tasks.ledger import present_snapshot, read_base, read_ledger, write_base
+from tasks.records import Snapshot, ValidatedSnapshot
+from tasks.shards import write_snapshot
+from tasks.storage import Store, worth_another_try
 
-Dataset = Literal["mnist", "digits", "auto"]
+Dataset = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+"""The name of a data set: `mnist`, `digits`, `auto`, or one whose base lies in the store."""
+
+BASE_ARCHIVES = (
+    "train-images-idx3-ubyte.gz",
+    "train-labels-idx1-ubyte.gz",
+    "t10k-images-idx3-ubyte.gz",
+    "t10k-labels-idx1-ubyte.gz",
+)
+"""What a data set of one's own begins with, under `datasets/NAME/base/`."""
 
 _MAX_ARCHIVE_BYTES = 64 << 20  # six times the largest of MNIST's archives
 
@@ -21,41 +33,79 @@ class MirrorUnreachable(ConnectionError):
     """The MNIST archives could not be had from anywhere."""
 
 
+class DatasetUnknown(ValueError):
+    """A data set is neither known by name nor has a base in the store."""
+
+
 @task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
 def take_snapshot(dataset: Dataset, store: str) -> Snapshot:
-    """Fetch `dataset`, write it to `store` and return its snapshot.
+    """Return the present snapshot: what the data set began with, and every batch accepted since.
 
-    `mnist` comes from the mirror in `MNIST_MIRROR` (an http, https or file address of a folder with
-    the four archives) or from torchvision's mirrors; `digits` is scikit-learn's embedded sample;
-    `auto` is `mnist` if it can be had, else `digits`. Raises MirrorUnreachable, and ValueError for
-    archives that are corrupt or hold something else.
+    A data set that has not begun is fetched, once. `mnist` comes from the mirror in `MNIST_MIRROR`
+    (an http, https or file address of a folder with the four archives) or from torchvision's
+    mirrors; `digits` is scikit-learn's embedded sample; `auto` is `mnist` if it can be had, else
+    `digits`; any other name has its four archives under `datasets/NAME/base/` in the store. Raises
+    MirrorUnreachable, DatasetUnknown, and ValueError for archives that are corrupt or hold
+    something else.
     """
-    logger = get_run_logger()
-    name, origin = dataset, "scikit-learn load_digits, scaled to 28 x 28"
-    if dataset != "digits":
+    logger, place = get_run_logger(), Store(store)
+    name = "mnist" if dataset == "auto" else dataset
+    base = read_base(place, name)
+    if base is None:
         try:
-            train, test = fetch_mnist()
-            name, origin = "mnist", "MNIST archives of LeCun, Cortes and Burges"
+            base = _fetch(name, place)
         except MirrorUnreachable as error:
-            if dataset == "mnist":
+            if dataset != "auto":
                 raise
             logger.warning(
                 "MNIST COULD NOT BE HAD: THIS RUN USES THE EMBEDDED SAMPLE of 1,797 digits. Its "
                 "model is called digits-cnn and never competes with mnist-cnn. The cause: %s",
                 error,
             )
-            name = "digits"
-    if name == "digits":
-        train, test = embedded_sample()
-    snapshot = write_snapshot(Store(store), name, train, test, origin)
+            base = read_base(place, "digits") or _fetch("digits", place)
+    snapshot = present_snapshot(place, base, read_ledger(place, base.dataset))
     logger.info(
         "snapshot %s of %s: %d training and %d test images",
         snapshot.digest[:12],
-        name,
+        snapshot.dataset,
         snapshot.images("train"),
         snapshot.images("test"),
     )
     return snapshot
+
+
+@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+def accept_base(validated: ValidatedSnapshot) -> None:
+    """Let the data set begin with what was validated, if it has not begun; now it only grows."""
+    if validated.snapshot.parent is None:
+        write_base(Store(validated.snapshot.store), validated.snapshot)
+
+
+def _fetch(name: str, store: Store) -> Snapshot:
+    if name == "mnist":
+        train, test = fetch_mnist()
+        origin = "MNIST archives of LeCun, Cortes and Burges"
+    elif name == "digits":
+        train, test = embedded_sample()
+        origin = "scikit-learn load_digits, scaled to 28 x 28"
+    else:
+        train, test = _read_archives(name, store)
+        origin = f"archives under datasets/{name}/base/"
+    return write_snapshot(store, name, train, test, origin)
+
+
+def _read_archives(name: str, store: Store) -> tuple[Digits, Digits]:
+    folder = f"datasets/{name}/base/"
+    there = store.names(folder)
+    if missing := [each for each in BASE_ARCHIVES if f"{folder}{each}" not in there]:
+        raise DatasetUnknown(
+            f"data set {name!r} is neither mnist nor digits, and {store.address_of(folder)} lacks "
+            f"{', '.join(missing)}: correct the name, or put the IDX archives there that the data "
+            "set begins with"
+        )
+    archives = [store.get(f"{folder}{each}") for each in BASE_ARCHIVES]
+    train = digits_from_idx(archives[0], archives[1], "train")
+    return train, digits_from_idx(archives[2], archives[3], "t10k")
 
 
 def fetch_mnist() -> tuple[Digits, Digits]:

@@ -1,25 +1,18 @@
-"""Everything that is kept in S3: bytes at addresses, and the snapshots of a data set.
+"""Everything that is kept in S3 is bytes at addresses.
 
-    STORE/datasets/NAME/shards/SHA256.parquet     immutable, named by what they hold
-    STORE/datasets/NAME/snapshots/SHA256.json     manifests, immutable, written last
-    STORE/runs/FLOW_RUN/…                         what one run decided, and why
+    STORE/datasets/NAME/…     what arrives, what was accepted, and why: see tasks/ledger.py
+    STORE/runs/FLOW_RUN/…     what one run decided, and why
+    STORE/models/NAME/…       the history of a registered model
 
 Endpoint and credentials come from boto3's own variables (`AWS_*`, `AWS_ENDPOINT_URL_S3`).
 """
 
-import hashlib
-import io
-import json
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
-
-import numpy as np
-
-from mnist_cnn.digits import CLASSES, SIDE, Digits
-from tasks.records import Shard, Snapshot, Split
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -27,9 +20,6 @@ if TYPE_CHECKING:
 
 DEFAULT_STORE = "s3://mnist-retraining"
 """Where data and records are kept if a run names no other place."""
-
-SHARD_IMAGES = 10_000
-"""Images in a shard: 7.8 MB before compression."""
 
 _DAY = 24 * 3600
 _CONTENT_TYPES = {
@@ -51,6 +41,17 @@ class StorageRefused(PermissionError):
 def worth_another_try(_task: object, _run: object, state: "State[object]") -> bool:
     """Tell Prefect to retry what failed to connect, and nothing else."""
     return isinstance(state.result(raise_on_failure=False), ConnectionError)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An object as a listing shows it."""
+
+    name: str
+    bytes: int
+    etag: str
+    """The server's word for the content: it changes when the content does."""
+    modified: datetime
 
 
 class Store:
@@ -129,16 +130,49 @@ class Store:
         with self._speaking():
             self._client.delete_object(Bucket=self.bucket, Key=self._key(name))
 
+    def copy(self, name: str, to: str) -> None:
+        """Copy an object within the store, whole or not at all."""
+        source = {"Bucket": self.bucket, "Key": self._key(name)}
+        with self._speaking():
+            self._client.copy_object(Bucket=self.bucket, Key=self._key(to), CopySource=source)  # type: ignore[arg-type]
+
+    def move(self, entry: Entry, name: str) -> bool:
+        """Move what `entry` shows to `name`, copy first; False if it has changed or gone since.
+
+        What somebody wrote there meanwhile stays where it is.
+        """
+        if not self.has(name):
+            if self._present(entry.name) != entry:
+                return False
+            self.copy(entry.name, name)
+        copy = self._present(name)
+        if copy is None or copy.bytes != entry.bytes:
+            raise StorageRefused(
+                f"{self.address_of(name)} is not the copy of {self.address_of(entry.name)} that "
+                "was asked for; nothing was removed: look at both"
+            )
+        if self._present(entry.name) != entry:
+            return False
+        self.remove(entry.name)
+        return True
+
     def names(self, prefix: str) -> list[str]:
         """Return the names of all objects under `prefix`, in order."""
+        return [entry.name for entry in self.entries(prefix)]
+
+    def entries(self, prefix: str) -> list[Entry]:
+        """Return all objects under `prefix`, in order of their names."""
         with self._speaking():
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.bucket, Prefix=self._key(prefix)
             )
             cut = len(self._key(""))
-            return sorted(
-                entry["Key"][cut:] for page in pages for entry in page.get("Contents", [])
-            )
+            found = [
+                Entry(each["Key"][cut:], each["Size"], each["ETag"], each["LastModified"])
+                for page in pages
+                for each in page.get("Contents", [])
+            ]
+        return sorted(found, key=lambda entry: entry.name)
 
     def link(self, name: str) -> str:
         """Return an address that any browser can open for the next seven days."""
@@ -156,6 +190,9 @@ class Store:
         if self.get(name) != content:
             raise StorageRefused(f"{self.address_of(name)} does not hold what was written to it")
         self.remove(name)
+
+    def _present(self, name: str) -> Entry | None:
+        return next((entry for entry in self.entries(name) if entry.name == name), None)
 
     def _key(self, name: str) -> str:
         return f"{self._prefix}/{name}" if self._prefix else name
@@ -202,87 +239,3 @@ def _connect() -> "S3Client":
     )
     # A session of its own: boto3's default one would keep the first credentials that it ever saw.
     return Session().client("s3", config=patience)
-
-
-def write_snapshot(
-    store: Store, dataset: str, train: Digits, test: Digits, origin: str
-) -> Snapshot:
-    """Store both splits as shards and then, last, the manifest; what is there is not sent again.
-
-    The manifest holds no time and no address, so that the same data has the same digest anywhere.
-    """
-    shards = {
-        split: [
-            _write_shard(store, dataset, digits.part(start, start + SHARD_IMAGES), origin)
-            for start in range(0, len(digits), SHARD_IMAGES)
-        ]
-        for split, digits in (("train", train), ("test", test))
-    }
-    manifest = {
-        "format": 1,
-        "dataset": dataset,
-        "parent": None,
-        **{split: [shard.model_dump() for shard in shards[split]] for split in shards},
-    }
-    content = json.dumps(manifest, sort_keys=True, indent=1).encode()
-    digest = hashlib.sha256(content).hexdigest()
-    snapshot = Snapshot(dataset=dataset, store=store.address, digest=digest, **shards)
-    name = store.name_of(snapshot.address)
-    if not store.has(name):
-        store.put(name, content)
-    return snapshot
-
-
-def read_split(snapshot: Snapshot, split: Split) -> Digits:
-    """Read one split into memory; ValueError if a shard no longer holds what its name says."""
-    import pyarrow.parquet as pq  # noqa: PLC0415
-
-    store = Store(snapshot.store)
-    total = snapshot.images(split)
-    images = np.empty((total, SIDE, SIDE), np.uint8)
-    labels = np.empty(total, np.int64)
-    start = 0
-    for shard in snapshot.shards(split):
-        name = _shard_name(snapshot.dataset, shard.digest)
-        table = pq.read_table(io.BytesIO(store.get(name)))
-        pixels = table["image"].combine_chunks().buffers()[1]
-        part = Digits(
-            np.frombuffer(pixels, np.uint8, table.num_rows * SIDE * SIDE).reshape(-1, SIDE, SIDE),
-            table["label"].to_numpy().astype(np.int64),
-        )
-        if part.digest() != shard.digest:
-            raise ValueError(
-                f"{store.address_of(name)} holds data with digest {part.digest()}; it was changed "
-                "after it was accepted: restore it from a backup"
-            )
-        images[start : start + len(part)] = part.images
-        labels[start : start + len(part)] = part.labels
-        start += len(part)
-    return Digits(images, labels)
-
-
-def _write_shard(store: Store, dataset: str, digits: Digits, origin: str) -> Shard:
-    import pyarrow as pa  # noqa: PLC0415
-    import pyarrow.parquet as pq  # noqa: PLC0415
-
-    shard = Shard(
-        digest=digits.digest(),
-        images=len(digits),
-        labels=np.bincount(digits.labels, minlength=CLASSES).tolist(),
-        origin=origin,
-    )
-    name = _shard_name(dataset, shard.digest)
-    if not store.has(name):
-        pixels = pa.py_buffer(np.ascontiguousarray(digits.images))
-        binary = pa.FixedSizeBinaryArray.from_buffers(
-            pa.binary(SIDE * SIDE), len(digits), [None, pixels]
-        )
-        table = pa.table({"image": binary, "label": digits.labels.astype(np.uint8)})
-        content = io.BytesIO()
-        pq.write_table(table, content, compression="zstd", use_dictionary=False)
-        store.put(name, content.getvalue())
-    return shard
-
-
-def _shard_name(dataset: str, digest: str) -> str:
-    return f"datasets/{dataset}/shards/{digest}.parquet"

@@ -32,7 +32,8 @@ from mnist_cnn.training import (
     train,
 )
 from tasks.records import Candidate, ValidatedSnapshot
-from tasks.storage import Store, read_split, worth_another_try
+from tasks.shards import read_split
+from tasks.storage import Store, worth_another_try
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

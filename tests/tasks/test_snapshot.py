@@ -6,8 +6,9 @@ import pytest
 from prefect.logging import disable_run_logger
 
 from mnist_cnn.digits import embedded_sample
+from tasks.shards import read_split
 from tasks.snapshot import MirrorUnreachable, fetch_mnist, take_snapshot
-from tasks.storage import Store, read_split
+from tasks.storage import Store
 
 
 def test_mnist_comes_whole_from_its_mirror(

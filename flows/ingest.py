@@ -1,0 +1,64 @@
+"""Take in what has arrived, and nothing that is bad."""
+
+from typing import Annotated
+
+from prefect import flow
+from prefect.client.schemas import State
+from prefect.states import Completed, Failed
+from pydantic import Field
+
+from tasks.ingest import find_arrivals, ingest_batch, report_ingest
+from tasks.preflight import check_services
+from tasks.records import RejectedSnapshot, ValidatedSnapshot, Verdict
+from tasks.registry import find_champion
+from tasks.snapshot import Dataset, accept_base, take_snapshot
+from tasks.storage import DEFAULT_STORE
+from tasks.validate import validate_snapshot
+
+QuietMinutes = Annotated[float, Field(ge=0, le=24 * 60)]
+
+
+@flow(name="ingest", flow_run_name="batches of {dataset}")
+def ingest(
+    dataset: Dataset = "mnist",
+    store: str = DEFAULT_STORE,
+    quiet_minutes: QuietMinutes = 10,
+) -> State[object]:
+    """Judge every batch that has arrived: it becomes training data, or is put aside.
+
+    Args:
+        dataset: `mnist`, `digits` (the embedded sample), `auto`, or a data set of your own.
+        store: Where data and records are kept, `s3://BUCKET` or `s3://BUCKET/PREFIX`.
+        quiet_minutes: A batch without the marker `_SUCCESS` is complete once nothing was written
+            to it for so long.
+
+    """
+    check_services(store)
+    validated, verdicts, told = take_in(dataset, store, quiet_minutes)
+    if isinstance(validated, RejectedSnapshot):
+        return Failed(name="Data rejected", message=told)
+    accepted = [verdict for verdict in verdicts if verdict.accepted]
+    name = "Batches accepted" if accepted else "Batches quarantined" if verdicts else "No batch"
+    return Completed(name=name, message=told)
+
+
+def take_in(
+    dataset: str, store: str, quiet_minutes: float
+) -> tuple[ValidatedSnapshot | RejectedSnapshot, list[Verdict], str]:
+    """Return the snapshot after everything that has arrived was judged, and what was said of it.
+
+    The part that `ingest` and `train` share.
+    """
+    snapshot = take_snapshot(dataset, store)
+    validated = validate_snapshot(snapshot)
+    if isinstance(validated, RejectedSnapshot):
+        return validated, [], "; ".join(validated.failures)
+    accept_base(validated)
+    arrivals = find_arrivals(snapshot, quiet_minutes)
+    champion = find_champion(snapshot.model_name) if arrivals.complete else None
+    judged = [ingest_batch(snapshot, batch, champion) for batch in arrivals.complete]
+    verdicts = [verdict for verdict in judged if verdict]
+    told = report_ingest(verdicts, arrivals, store)
+    if any(verdict.accepted for verdict in verdicts):
+        validated = validate_snapshot(take_snapshot(snapshot.dataset, store))
+    return validated, verdicts, told

@@ -1,0 +1,232 @@
+"""Take in what has arrived: accept it as shards, or put it aside with the reason."""
+
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+from numpy.typing import NDArray
+from prefect import get_run_logger, task
+from prefect.artifacts import create_table_artifact
+from pydantic import BaseModel
+
+from expectations.image_table import image_table
+from expectations.report_page import render_report
+from expectations.validation import ValidationReport, validate_batch
+from mnist_cnn.digits import SIDE, Digits
+from mnist_cnn.evaluation import predict
+from tasks.batch_files import MARKER, BadBatch, RawBatch, check_names, parse_batch
+from tasks.ledger import (
+    digest_files,
+    files_of,
+    folder_of,
+    incoming_folder,
+    present_snapshot,
+    read_base,
+    read_ledger,
+    settle,
+    unsettled,
+    write_verdict,
+)
+from tasks.models import load_model
+from tasks.promotion_lock import exclusive
+from tasks.records import ModelVersion, Snapshot, Verdict
+from tasks.shards import read_digests, read_profile, write_shards
+from tasks.storage import Entry, Store, worth_another_try
+
+
+class Arrivals(BaseModel, frozen=True):
+    """What lies under `incoming/`, by the names of the batches."""
+
+    complete: list[str]
+    waiting: list[str]
+    """They have no marker and were written to a short time ago."""
+
+
+@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+def find_arrivals(snapshot: Snapshot, quiet_minutes: float) -> Arrivals:
+    """Finish what an earlier ingest left undone, and return the batches that are there.
+
+    A batch is complete once it holds the marker `_SUCCESS`, or nothing was written to it for
+    `quiet_minutes`.
+    """
+    store, dataset = Store(snapshot.store), snapshot.dataset
+    with exclusive(dataset, "ingest"):
+        for verdict in unsettled(store, read_ledger(store, dataset)):
+            get_run_logger().warning("batch %r was judged before; moving it", verdict.batch)
+            settle(store, verdict)
+    folder, now = incoming_folder(dataset), datetime.now(UTC)
+    batches: dict[str, list[Entry]] = {}
+    for entry in _objects(store, folder):
+        name, inside, _ = entry.name.removeprefix(folder).partition("/")
+        batches.setdefault(name if inside else "", []).append(entry)
+    complete, waiting = [], []
+    for name, entries in batches.items():
+        marked = any(entry.name == f"{folder}{name}/{MARKER}" for entry in entries)
+        newest = max(entry.modified for entry in entries)
+        settled = now - newest >= timedelta(minutes=quiet_minutes)
+        (complete if marked or settled else waiting).append(name)
+    return Arrivals(complete=complete, waiting=waiting)
+
+
+@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+def ingest_batch(snapshot: Snapshot, batch: str, champion: ModelVersion | None) -> Verdict | None:
+    """Judge one batch and move it; None if another ingest was faster.
+
+    Shards, report and reason are written first, then the verdict, which is what counts, then the
+    files are moved. A repeat after a crash anywhere finds what was done and goes on.
+    """
+    logger, store, dataset = get_run_logger(), Store(snapshot.store), snapshot.dataset
+    with exclusive(dataset, "ingest"):
+        ledger = read_ledger(store, dataset)
+        folder = incoming_folder(dataset, batch)
+        entries = _objects(store, folder)
+        if not batch:  # what lies beside the folders
+            entries = [entry for entry in entries if "/" not in entry.name.removeprefix(folder)]
+        if not entries:
+            return None
+        present = present_snapshot(store, read_base(store, dataset) or snapshot, ledger)
+        verdict = _judge(store, present, ledger, batch, entries, champion)
+        write_verdict(store, verdict)
+        settle(store, verdict)
+    say = logger.info if verdict.accepted else logger.warning
+    word = "accepted" if verdict.accepted else "put aside"
+    say("batch %r was %s: %s", batch, word, verdict.reason)
+    return verdict
+
+
+@task
+def report_ingest(verdicts: list[Verdict], arrivals: Arrivals, store: str) -> str:
+    """Publish what became of each batch, and say it in a sentence."""
+    place = Store(store)
+    rows = [
+        {
+            "batch": verdict.batch or "(no folder)",
+            "verdict": "accepted" if verdict.accepted else "quarantined",
+            "images": str(verdict.images or "unreadable"),
+            "why": verdict.reason,
+            "report": f"[report]({place.link(place.name_of(verdict.report))})"
+            if verdict.report
+            else "",
+            "kept in": place.address_of(folder_of(verdict)),
+        }
+        for verdict in verdicts
+    ]
+    rows += [
+        {"batch": name, "verdict": "waits", "why": "it may still be uploaded"}
+        for name in arrivals.waiting
+    ]
+    create_table_artifact(rows, key="batches", description="What became of each batch")
+    refused = [verdict for verdict in verdicts if not verdict.accepted]
+    parts = [f"{len(verdicts) - len(refused)} accepted"] if verdicts else ["nothing arrived"]
+    parts += [f"{verdict.batch!r} quarantined: {verdict.reason}" for verdict in refused]
+    parts += [f"{name!r} waits, it may still be uploaded" for name in arrivals.waiting]
+    return "; ".join(parts)
+
+
+def _judge(
+    store: Store,
+    present: Snapshot,
+    ledger: list[Verdict],
+    batch: str,
+    entries: list[Entry],
+    champion: ModelVersion | None,
+) -> Verdict:
+    """Return the verdict on a batch, after writing everything that it rests on."""
+    files = files_of(incoming_folder(present.dataset, batch), entries)
+    unread = Verdict(
+        sequence=len(ledger) + 1,
+        dataset=present.dataset,
+        batch=batch,
+        accepted=False,
+        reason="",
+        digest=digest_files(files, None),
+        arrived=max(entry.modified for entry in entries),
+        files=files,
+        images=None,
+    )
+    try:
+        _demand_folder(batch)
+        check_names({file.name: file.bytes for file in files})
+        contents = {
+            file.name: store.get(entry.name) for file, entry in zip(files, entries, strict=True)
+        }
+        unread = unread.model_copy(update={"digest": digest_files(files, contents)})
+        _demand_new(ledger, unread)
+        raw = parse_batch(contents)
+    except BadBatch as error:
+        return _put_aside(store, unread, str(error))
+    del contents
+    report, known, page = _validate(present, raw, champion)
+    read = unread.model_copy(update={"images": len(raw.labels)})
+    if report.critical:
+        failures = "; ".join(finding.sentence for finding in report.critical)
+        return _put_aside(store, read, failures, page)
+    accepted = read.model_copy(update={"accepted": True})
+    new = Digits(raw.images[~known], raw.labels[~known])
+    warnings = [finding.sentence for finding in report.warnings]
+    return accepted.model_copy(
+        update={
+            "reason": "; ".join([f"{len(new)} images", *warnings]),
+            "shards": write_shards(store, present.dataset, new, f"batch {batch}"),
+            "repeated": int(known.sum()),
+            "report": store.put(f"{folder_of(accepted)}report.html", page.encode()),
+        }
+    )
+
+
+def _validate(
+    present: Snapshot, raw: RawBatch, champion: ModelVersion | None
+) -> tuple[ValidationReport, NDArray[np.bool_], str]:
+    """Return the report, which images are in the data set already, and the report as a page."""
+    import pandas as pd  # noqa: PLC0415 - a quarter of a second
+
+    table = image_table(raw.images, raw.labels)
+    if champion and raw.images.shape[1:] == (SIDE, SIDE):
+        network, _ = load_model(champion.model)
+        table["champion_contradicts"] = predict(network, raw.images).argmax(1) != raw.labels
+    accepted = read_digests(present, "train")[:, 0]
+    holdout = pd.DataFrame(read_digests(present, "test"), columns=["digest", "near_digest"])
+    report = validate_batch(
+        table, accepted=accepted, holdout=holdout, reference=read_profile(present)
+    )
+    known = table["digest"].isin(accepted) | table["digest"].duplicated()
+    return report, known.to_numpy(), render_report(report)
+
+
+def _put_aside(store: Store, verdict: Verdict, reason: str, page: str | None = None) -> Verdict:
+    """Write report and reason beside where the files of the batch will be."""
+    refused = verdict.model_copy(update={"reason": reason})
+    folder = folder_of(refused)
+    if page is not None:
+        report = store.put(f"{folder}report.html", page.encode())
+        refused = refused.model_copy(update={"report": report})
+    store.put(f"{folder}reason.json", refused.model_dump_json(indent=1).encode())
+    return refused
+
+
+def _demand_folder(batch: str) -> None:
+    if not batch:
+        raise BadBatch(
+            "the files lie directly under incoming/; expected a folder for each batch: send them "
+            "again as incoming/BATCH/…"
+        )
+
+
+def _demand_new(ledger: list[Verdict], batch: Verdict) -> None:
+    """Refuse what was accepted before, under this name or with this content."""
+    for past in ledger:
+        if past.accepted and past.digest == batch.digest:
+            raise BadBatch(
+                f"the same files were accepted as batch {past.batch!r}, which arrived "
+                f"{past.arrived:%Y-%m-%d %H:%M} UTC; nothing of them is taken twice"
+            )
+        if past.accepted and past.batch == batch.batch:
+            raise BadBatch(
+                f"another batch of the name {batch.batch!r} was accepted, which arrived "
+                f"{past.arrived:%Y-%m-%d %H:%M} UTC; expected a name that was not used: send it "
+                "again under another one"
+            )
+
+
+def _objects(store: Store, folder: str) -> list[Entry]:
+    """Return what lies in a folder, without the empty objects by which consoles show folders."""
+    return [entry for entry in store.entries(folder) if not entry.name.endswith("/")]

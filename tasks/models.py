@@ -1,0 +1,35 @@
+"""Load models from MLflow, with unpickling forbidden."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class ModelUnusable(RuntimeError):
+    """A model that the registry offers cannot be loaded or does not classify digits."""
+
+
+def load_model(address: str) -> "tuple[nn.Module, int]":
+    """Load a model from MLflow with unpickling forbidden; return it and the bytes of its file.
+
+    The module maps uint8 (N, 28, 28) to float32 logits (N, 10).
+    """
+    import mlflow.artifacts  # noqa: PLC0415 - 2 s to import
+    import mlflow.pytorch  # noqa: PLC0415
+    from mlflow.exceptions import MlflowException  # noqa: PLC0415
+
+    os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            path = mlflow.artifacts.download_artifacts(address, dst_path=folder)
+            network: nn.Module = mlflow.pytorch.load_model(path)
+        except (MlflowException, OSError, RuntimeError) as error:
+            raise ModelUnusable(
+                f"{address} does not load ({error}); its artifact is gone or damaged: roll back to "
+                "a version that loads, or retrain"
+            ) from error
+        return network, (Path(path) / "data" / "model.pt2").stat().st_size

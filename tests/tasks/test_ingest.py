@@ -1,0 +1,395 @@
+"""What arrives is accepted once or put aside, on a real S3 server, whatever dies in between."""
+
+import gzip
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+from prefect.logging import disable_run_logger
+
+from deployments.stack import PROJECT
+from mnist_cnn.digits import Digits, embedded_sample, write_idx
+from tasks.batch_files import write_parquet
+from tasks.ingest import Arrivals, find_arrivals, ingest_batch
+from tasks.ledger import present_snapshot, read_ledger, write_base
+from tasks.records import Snapshot, Verdict
+from tasks.shards import read_split, write_snapshot
+from tasks.storage import Store
+
+SAMPLE, HOLDOUT = embedded_sample()
+Files = dict[str, bytes]
+
+
+@pytest.fixture(autouse=True)
+def _outside_of_a_run() -> Iterator[None]:
+    with disable_run_logger():
+        yield
+
+
+@pytest.fixture
+def base(store: Store) -> Snapshot:
+    """Return a data set that has begun: the embedded sample."""
+    snapshot = write_snapshot(store, "digits", SAMPLE, HOLDOUT, "a test")
+    write_base(store, snapshot)
+    return snapshot
+
+
+def moved(digits: Digits, columns: int = 1) -> Digits:
+    """Return the same handwriting a little further right: honest images that are new."""
+    return Digits(np.roll(digits.images, columns, axis=2), digits.labels)
+
+
+NEW = moved(SAMPLE.part(0, 400))
+
+
+def idx(digits: Digits) -> Files:
+    return {
+        "a-images-idx3-ubyte.gz": gzip.compress(write_idx(digits.images), 1, mtime=0),
+        "a-labels-idx1-ubyte.gz": gzip.compress(
+            write_idx(digits.labels.astype(np.uint8)), 1, mtime=0
+        ),
+    }
+
+
+def drop(store: Store, batch: str, files: Files, *, marked: bool = True) -> None:
+    for name, content in {**files, **({"_SUCCESS": b""} if marked else {})}.items():
+        store.put(f"datasets/digits/incoming/{batch}/{name}", content)
+
+
+def find(base: Snapshot, quiet_minutes: float = 10) -> Arrivals:
+    return find_arrivals.fn(base, quiet_minutes)
+
+
+def take(base: Snapshot, batch: str) -> Verdict:
+    verdict = ingest_batch.fn(base, batch, None)
+    assert verdict
+    return verdict
+
+
+def present(base: Snapshot) -> Snapshot:
+    store = Store(base.store)
+    return present_snapshot(store, base, read_ledger(store, base.dataset))
+
+
+def under(store: Store, folder: str) -> list[str]:
+    prefix = f"datasets/digits/{folder}/"
+    return [name.removeprefix(prefix) for name in store.names(prefix)]
+
+
+@pytest.mark.parametrize("files", [idx(NEW), {"part-0.parquet": write_parquet(NEW)}])
+def test_a_good_batch_becomes_part_of_the_data_set(
+    store: Store, base: Snapshot, files: Files
+) -> None:
+    drop(store, "monday", files)
+    assert find(base) == Arrivals(complete=["monday"], waiting=[])
+    verdict = take(base, "monday")
+    assert verdict.accepted, verdict.reason
+    assert (verdict.images, verdict.repeated) == (400, 0)
+    grown = present(base)
+    assert grown.parent == base.digest
+    assert grown.until == verdict.arrived
+    assert grown.train[-1].origin == "batch monday"
+    together = read_split(grown, "train")
+    assert np.array_equal(together.images[-400:], NEW.images)
+    assert np.array_equal(together.labels[-400:], NEW.labels)
+    assert read_split(grown, "test").digest() == HOLDOUT.digest()
+
+
+def test_the_files_of_an_accepted_batch_are_kept_as_they_came(store: Store, base: Snapshot) -> None:
+    files = idx(NEW)
+    drop(store, "monday", files)
+    take(base, "monday")
+    assert under(store, "incoming") == []
+    kept = under(store, "accepted")
+    assert sorted(kept) == sorted(f"000001-monday/{n}" for n in [*files, "_SUCCESS", "report.html"])
+    for name, content in files.items():
+        assert store.get(f"datasets/digits/accepted/000001-monday/{name}") == content
+
+
+def test_a_bad_batch_is_put_aside_whole_with_its_reason_and_report(
+    store: Store, base: Snapshot
+) -> None:
+    files = idx(Digits(255 - NEW.images, NEW.labels))
+    drop(store, "inverted", files)
+    verdict = take(base, "inverted")
+    assert not verdict.accepted
+    assert "centre_over_border" in verdict.reason
+    assert present(base) == base
+    assert under(store, "incoming") == []
+    folder = "datasets/digits/quarantine/000001-inverted/"
+    assert Verdict.model_validate_json(store.get(f"{folder}reason.json")) == verdict
+    assert b"<html" in store.get(f"{folder}report.html")
+    for name, content in files.items():
+        assert store.get(folder + name) == content
+
+
+def test_a_bad_batch_does_not_stop_the_good_ones(store: Store, base: Snapshot) -> None:
+    drop(store, "a-bad", {"a-images-idx3-ubyte": b"nothing", "a-labels-idx1-ubyte": b"nothing"})
+    drop(store, "b-good", idx(NEW))
+    verdicts = [take(base, name) for name in find(base).complete]
+    assert [verdict.accepted for verdict in verdicts] == [False, True]
+    assert present(base).images("train") == len(SAMPLE) + 400
+
+
+def test_a_batch_that_is_still_uploaded_waits(store: Store, base: Snapshot) -> None:
+    drop(store, "slow", idx(NEW), marked=False)
+    assert find(base) == Arrivals(complete=[], waiting=["slow"])
+    assert find(base, quiet_minutes=0) == Arrivals(complete=["slow"], waiting=[])
+    assert under(store, "incoming") != []
+
+
+def test_images_that_are_known_are_left_out_once_more(store: Store, base: Snapshot) -> None:
+    """Fewer than the one per cent for which the whole batch is refused."""
+    images, labels = NEW.images.copy(), NEW.labels.copy()
+    images[7], labels[7] = SAMPLE.images[3], SAMPLE.labels[3]
+    images[9], labels[9] = images[8], labels[8]
+    drop(store, "monday", idx(Digits(images, labels)))
+    verdict = take(base, "monday")
+    assert verdict.accepted
+    assert verdict.repeated == 2
+    assert "were accepted before" in verdict.reason or "in_accepted" in verdict.reason
+    assert present(base).images("train") == len(SAMPLE) + 398
+
+
+def test_the_same_batch_twice_is_taken_once(store: Store, base: Snapshot) -> None:
+    for name in ("monday", "monday", "tuesday"):
+        drop(store, name, idx(NEW))
+        verdict = take(base, name)
+        assert verdict.accepted == (verdict.sequence == 1)
+    assert "the same files were accepted as batch 'monday'" in verdict.reason
+    assert present(base).images("train") == len(SAMPLE) + 400
+
+
+def test_a_name_that_was_used_is_refused(store: Store, base: Snapshot) -> None:
+    drop(store, "monday", idx(NEW))
+    take(base, "monday")
+    drop(store, "monday", idx(moved(SAMPLE.part(400, 800))))
+    verdict = take(base, "monday")
+    assert "another batch of the name 'monday' was accepted" in verdict.reason
+    assert len(under(store, "quarantine")) == 4
+
+
+def test_a_batch_that_was_put_aside_may_be_sent_again(store: Store, base: Snapshot) -> None:
+    drop(
+        store, "monday", {"a-images-idx3-ubyte.gz": b"\x1f\x8b", "a-labels-idx1-ubyte.gz": b"\x1f"}
+    )
+    assert not take(base, "monday").accepted
+    drop(store, "monday", idx(NEW))
+    assert take(base, "monday").accepted
+
+
+def turned(digits: Digits) -> Digits:
+    return Digits(np.rot90(digits.images, 1, (1, 2)).copy(), digits.labels)
+
+
+def shuffled(digits: Digits, share: float = 0.3) -> Digits:
+    rng, labels = np.random.default_rng(0), digits.labels.copy()
+    chosen = rng.permutation(len(labels))[: int(share * len(labels))]
+    labels[chosen] = rng.permutation(labels[chosen])
+    return Digits(digits.images, labels)
+
+
+def noise(digits: Digits) -> Digits:
+    pixels = np.random.default_rng(0).integers(0, 256, digits.images.shape, np.uint8)
+    return Digits(pixels, digits.labels)
+
+
+def one_class(digits: Digits) -> Digits:
+    many = moved(SAMPLE, 2)
+    chosen = many.labels == 3
+    return Digits(many.images[chosen], many.labels[chosen])
+
+
+def with_holdout(digits: Digits) -> Digits:
+    images, labels = digits.images.copy(), digits.labels.copy()
+    images[:3], labels[:3] = HOLDOUT.images[:3], HOLDOUT.labels[:3]
+    return Digits(images, labels)
+
+
+def repeated(digits: Digits) -> Digits:
+    images, labels = digits.images.copy(), digits.labels.copy()
+    images[:40], labels[:40] = SAMPLE.images[:40], SAMPLE.labels[:40]
+    return Digits(images, labels)
+
+
+# Each kind of bad data, and the column of the expectation that catches it.
+BAD_DATA: dict[str, tuple[Callable[[Digits], Digits], str]] = {
+    "inverted": (lambda d: Digits(255 - d.images, d.labels), "centre_over_border"),
+    "from 0 to 1": (lambda d: Digits(d.images // 255, d.labels), "maximum"),
+    "shifted by 60": (lambda d: Digits(np.maximum(d.images, 60), d.labels), "minimum"),
+    "rotated by 90 degrees": (turned, "upright_over_rotated_270"),
+    "mirrored": (lambda d: Digits(d.images[:, :, ::-1].copy(), d.labels), "upright_over_mirrored"),
+    "rows and columns swapped": (
+        lambda d: Digits(d.images.transpose(0, 2, 1).copy(), d.labels),
+        "upright_over_transposed",
+    ),
+    "30 % of the labels shuffled": (shuffled, "label_agrees"),
+    "labels shifted by one": (lambda d: Digits(d.images, (d.labels + 1) % 10), "label_match"),
+    "noise only": (noise, "border"),
+    "blank": (lambda d: Digits(np.zeros_like(d.images), d.labels), "blank"),
+    "constant": (lambda d: Digits(np.full_like(d.images, 90), d.labels), "constant"),
+    "one class only": (one_class, "label"),
+    "one image": (lambda d: d.part(0, 1), "row_count"),
+    "images of the holdout": (with_holdout, "in_holdout"),
+    "a tenth is training data": (repeated, "in_accepted"),
+    "the same image again and again": (
+        lambda d: Digits(np.repeat(d.images[:40], 10, 0), np.repeat(d.labels[:40], 10)),
+        "digest",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_DATA)
+def test_bad_data_never_reaches_a_snapshot(store: Store, base: Snapshot, kind: str) -> None:
+    damage, column = BAD_DATA[kind]
+    drop(store, "bad", idx(damage(NEW)))
+    verdict = take(base, "bad")
+    assert not verdict.accepted
+    assert column in verdict.reason
+    assert present(base) == base
+    assert under(store, "incoming") == []
+
+
+# Each kind of unreadable batch, and what the reason says; tests/tasks/test_batch_files.py has more.
+PAIR = idx(NEW)
+LABELS, IMAGES = "a-labels-idx1-ubyte.gz", "a-images-idx3-ubyte.gz"
+UNREADABLE: dict[str, tuple[Files, str]] = {
+    "only the marker": ({}, "has no file"),
+    "labels alone": ({LABELS: PAIR[LABELS]}, "expected one pair"),
+    "a pickle": ({"images.pkl": b"cos\nsystem\n"}, "it was not opened"),
+    "a folder in the batch": ({f"more/{name}": PAIR[name] for name in PAIR}, "no folders"),
+    "a truncated gzip": (PAIR | {IMAGES: PAIR[IMAGES][:-100]}, "truncated"),
+    "a name with odd characters": ({f"a b\u2028{n}": PAIR[n] for n in PAIR}, "no plain file name"),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_what_cannot_be_read_is_put_aside_as_it_came(
+    store: Store, base: Snapshot, kind: str
+) -> None:
+    files, sentence = UNREADABLE[kind]
+    drop(store, "bad", files)
+    verdict = take(base, "bad")
+    assert sentence in verdict.reason
+    assert verdict.report is None
+    assert under(store, "incoming") == []
+    assert len(under(store, "quarantine")) == len(files) + 2
+    assert present(base) == base
+
+
+def test_files_beside_the_folders_are_put_aside(store: Store, base: Snapshot) -> None:
+    store.put("datasets/digits/incoming/loose.parquet", b"PAR1")
+    drop(store, "monday", idx(NEW))
+    arrivals = find(base, quiet_minutes=0)
+    assert arrivals.complete == ["", "monday"]
+    assert "directly under incoming/" in take(base, "").reason
+    assert take(base, "monday").accepted
+    assert under(store, "incoming") == []
+
+
+@pytest.mark.parametrize("name", ["a b", "ünï", "per%cent", "-", "q'uote", "x" * 200])
+def test_a_batch_may_have_any_name(store: Store, base: Snapshot, name: str) -> None:
+    drop(store, name, {"nothing.txt": b"nothing"})
+    assert find(base).complete == [name]
+    assert not take(base, name).accepted
+    assert under(store, "incoming") == []
+    assert read_ledger(store, "digits")[0].batch == name
+
+
+# Forks one process for each batch, and kills it in front of its n-th write.
+KILLED = """
+import os, signal, sys
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
+from prefect.logging import disable_run_logger
+from tasks.ingest import find_arrivals, ingest_batch
+from tasks.ledger import read_base
+from tasks.storage import Store
+from expectations import suites, validation  # what a fork should not import again
+import pandas, great_expectations, pyarrow.parquet
+
+def dying(write, left):
+    def write_and_die(*arguments, **options):
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left.pop()
+        return write(*arguments, **options)
+    return write_and_die
+
+for number, place in enumerate(sys.argv[1:]):
+    child = os.fork()
+    if child == 0:
+        left = [None] * number
+        for method in ("put", "remove", "copy"):
+            setattr(Store, method, dying(getattr(Store, method), left))
+        with disable_run_logger():
+            ingest_batch.fn(read_base(Store(place), "digits"), "monday", None)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    # What the server does when the lease of a minute ends.
+    with get_client(sync_client=True) as prefect:
+        free = GlobalConcurrencyLimitUpdate(active_slots=0)
+        prefect.update_global_concurrency_limit("ingest-digits", free)
+"""
+# Report, digests and shard; profile and manifest are the next ingest's; verdict; copy and removal
+# of each of three files; the note that it is settled.
+WRITES = 11
+
+
+@pytest.mark.parametrize("batch", ["good", "bad"])
+def test_an_ingest_killed_at_any_write_loses_and_doubles_nothing(store: Store, batch: str) -> None:
+    images = NEW.images if batch == "good" else 255 - NEW.images
+    files = idx(Digits(images, NEW.labels))
+    writes = WRITES if batch == "good" else WRITES - 1
+    places = [Store(f"{store.address}/{number}") for number in range(writes + 1)]
+    bases = [write_snapshot(place, "digits", SAMPLE, HOLDOUT, "a test") for place in places]
+    for place, base in zip(places, bases, strict=True):
+        write_base(place, base)
+        drop(place, "monday", files)
+    command = [sys.executable, "-c", KILLED, *(place.address for place in places)]
+    run = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert run.stdout.split() == ["-9"] * writes + ["0"], run.stderr
+    for place, base in zip(places, bases, strict=True):
+        for name in find(base).complete:
+            take(base, name)
+        (verdict,) = read_ledger(place, "digits")
+        assert verdict.accepted == (batch == "good")
+        grown = present(base)
+        assert grown.images("train") == len(SAMPLE) + (400 if batch == "good" else 0)
+        assert read_split(grown, "train").images[-1].sum() > 0
+        assert under(place, "incoming") == []
+        kept = under(place, "accepted") + under(place, "quarantine")
+        assert len(kept) == 4 + (batch == "bad")
+        for name, content in files.items():
+            (whole,) = [each for each in kept if each.endswith(name)]
+            folder = "accepted" if batch == "good" else "quarantine"
+            assert place.get(f"datasets/digits/{folder}/{whole}") == content
+
+
+def test_two_ingests_at_once_take_each_batch_once(store: Store, base: Snapshot) -> None:
+    names = [f"day-{number}" for number in range(4)]
+    for number, name in enumerate(names):
+        drop(store, name, idx(moved(SAMPLE.part(300 * number, 300 * number + 300))))
+    script = (
+        "import sys\n"
+        "from prefect.logging import disable_run_logger\n"
+        "from tasks.ingest import ingest_batch\n"
+        "from tasks.ledger import read_base\n"
+        "from tasks.storage import Store\n"
+        "with disable_run_logger():\n"
+        "    for name in sys.argv[2:]:\n"
+        "        ingest_batch.fn(read_base(Store(sys.argv[1]), 'digits'), name, None)\n"
+    )
+    orders = [names, names[::-1]]
+    racers = [
+        subprocess.Popen([sys.executable, "-c", script, store.address, *order], cwd=PROJECT)
+        for order in orders
+    ]
+    assert [racer.wait() for racer in racers] == [0, 0]
+    ledger = read_ledger(store, "digits")
+    assert sorted(verdict.batch for verdict in ledger) == names
+    assert [verdict.sequence for verdict in ledger] == [1, 2, 3, 4]
+    assert all(verdict.accepted for verdict in ledger)
+    assert present(base).images("train") == len(SAMPLE) + 1200
