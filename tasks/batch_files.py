@@ -64,9 +64,23 @@ _MARKER = "_SUCCESS"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _IDX_NAME = re.compile(r"(.*)(images[.-]idx3|labels[.-]idx1)-ubyte(\.gz)?")
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_COLOURS = {0: "greyscale", 2: "colour", 3: "palette", 4: "greyscale with alpha", 6: "colour+alpha"}
+_COLOURS = {
+    0: "greyscale",
+    2: "colour",
+    3: "palette",
+    4: "greyscale with alpha",
+    6: "colour with alpha",
+}
 _SUB, _UP, _AVERAGE, _PAETH = 1, 2, 3, 4
-_BOOLEANS, _INTEGERS, _BYTES, _STRUCT = {1, 2}, {4, 5, 6}, 8, 12  # Thrift's types of a field
+_BOOLEANS, _BYTE, _INTEGERS, _BYTES, _LIST, _STRUCT = {1, 2}, 3, {4, 5, 6}, 8, 9, 12  # Thrift's
+
+_MAX_FIELD, _MAX_DEPTH = 1000, 8  # Parquet numbers to 20 and nests to 5
+# Fields of https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift.
+_NUM_ROWS, _ROW_GROUPS = (3, 6), (4, _LIST)
+_COLUMN_CHUNKS, _COLUMN = (1, _LIST), (3, _STRUCT)
+_PACKED, _DATA_AT, _DICTIONARY_AT = (7, 6), (9, 6), (11, 6)
+_PAGE_UNPACKED, _PAGE_PACKED, _PAGE_VALUES = (2, 5), (3, 5), (1, 5)
+_Struct = dict[tuple[int, int], Any]
 
 
 class BadBatch(ValueError):
@@ -196,7 +210,7 @@ def _parse_pair(images: str, pixels: bytes, labels: str, digits: bytes) -> RawBa
             f"{images} holds {len(image)} images but {labels} holds {len(label)} labels; "
             "expected one label for each image"
         )
-    if not 0 < max(image.shape[1:]) <= MAX_SIDE or not len(image):
+    if min(image.shape) < 1 or max(image.shape[1:]) > MAX_SIDE:
         raise BadBatch(
             f"{images} holds {' x '.join(map(str, image.shape))} pixels; expected images of at "
             f"least 1 and at most {MAX_SIDE} pixels a side, at least one of them"
@@ -226,8 +240,8 @@ def _parse_parquet(files: Mapping[str, bytes]) -> RawBatch:
         total += rows
         if rows < 1 or total > MAX_IMAGES:
             raise BadBatch(
-                f"{name} promises {rows} rows, {total} with the files before it; expected at least "
-                f"1 in each file and at most {MAX_IMAGES} in all"
+                f"{name} promises {rows} rows, {total} with the files before it; expected at most "
+                f"{MAX_IMAGES} in all"
             )
     side: _Side = None
     images, labels = np.empty((total, 0, 0), np.uint8), np.empty(total, np.int64)
@@ -259,6 +273,11 @@ def _room(name: str, count: int, height: int, width: int) -> NDArray[np.uint8]:
     return np.empty((count, height, width), np.uint8)
 
 
+def _printable(foreign: object) -> str:
+    """Return what holds a producer's words so that it can stand in a sentence of ours."""
+    return ascii(str(foreign))[1:-1][:200]
+
+
 @contextmanager
 def _arrow(name: str) -> Iterator[None]:
     """Turn what Arrow raises into a sentence of ours."""
@@ -266,9 +285,9 @@ def _arrow(name: str) -> Iterator[None]:
 
     try:
         yield
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
         raise BadBatch(
-            f"{name} cannot be read as Parquet ({ascii(str(error))[1:-1][:200]}); expected a whole "
+            f"{name} cannot be read as Parquet ({_printable(error)}); expected a whole "
             "file, plain or dictionary encoded, not encrypted: write it again"
         ) from error
 
@@ -278,35 +297,34 @@ def _open_parquet(name: str, content: bytes) -> "pq.ParquetFile":
     import pyarrow as pa  # noqa: PLC0415
     import pyarrow.parquet as pq  # noqa: PLC0415
 
-    footer = int.from_bytes(content[-8:-4], "little")
-    if content[:4] != b"PAR1" or content[-4:] != b"PAR1" or footer + 12 > len(content):
+    footer = _footer(name, content)
+    if footer.get(_NUM_ROWS) == 0:
+        raise BadBatch(f"{name} has 0 rows; expected at least one image in each file")
+    try:
+        unpacked = _unpacked_bytes(name, content, footer)
+    except (IndexError, KeyError, _NotThrift) as error:
         raise BadBatch(
-            f"{name} is no whole Parquet file: its {len(content)} bytes do not begin and end with "
-            "PAR1 and hold the footer that they promise; send it again"
-        )
-    if footer > _MAX_FOOTER_BYTES:
+            f"{name} has a corrupt footer or page header; expected the sizes and places of its "
+            "pages: write it again"
+        ) from error
+    if unpacked > MAX_BATCH_BYTES:
         raise BadBatch(
-            f"{name} has a footer of {footer} bytes; expected at most {_MAX_FOOTER_BYTES}: write "
-            "row groups of 1,000 rows or more and leave other columns away"
-        )
-    with _arrow(name):
-        # As a dictionary, a value that a million rows repeat is one value in memory, not a million.
-        file = pq.ParquetFile(
-            pa.BufferReader(content),
-            read_dictionary=["image.bytes"],
-            pre_buffer=False,
-            thrift_string_size_limit=_MAX_FOOTER_BYTES,
-            thrift_container_size_limit=_MAX_THRIFT_ITEMS,
-        )
-        schema = file.schema_arrow
-    _check_columns(name, schema)
-    pages = _unpacked_bytes(name, content, file.metadata)
-    if pages > MAX_BATCH_BYTES:
-        raise BadBatch(
-            f"{name} unpacks to {pages} bytes; expected at most {MAX_BATCH_BYTES}: it was not "
+            f"{name} unpacks to {unpacked} bytes; expected at most {MAX_BATCH_BYTES}: it was not "
             "unpacked"
         )
-    return file
+    options: dict[str, Any] = {
+        "pre_buffer": False,
+        "thrift_string_size_limit": _MAX_FOOTER_BYTES,
+        "thrift_container_size_limit": _MAX_THRIFT_ITEMS,
+    }
+    with _arrow(name):
+        file = pq.ParquetFile(pa.BufferReader(content), **options)
+        schema = file.schema_arrow
+    _check_columns(name, schema)
+    with _arrow(name):
+        # As a dictionary, a value that a million rows repeat is one value in memory, not a million.
+        options |= {"metadata": file.metadata, "read_dictionary": ["image.bytes"]}
+        return pq.ParquetFile(pa.BufferReader(content), **options)
 
 
 def _check_columns(name: str, schema: Any) -> None:
@@ -322,100 +340,137 @@ def _check_columns(name: str, schema: Any) -> None:
     image, label = schema.field("image").type, schema.field("label").type
     bytes_at = image.get_all_field_indices("bytes") if pa.types.is_struct(image) else []
     held = image.field(bytes_at[0]).type if len(bytes_at) == 1 else image
-    if not pa.types.is_dictionary(held) or not (
-        pa.types.is_binary(held.value_type) or pa.types.is_large_binary(held.value_type)
-    ):
+    if len(bytes_at) != 1 or not (pa.types.is_binary(held) or pa.types.is_large_binary(held)):
         raise BadBatch(
-            f"{name} has images of type {ascii(str(image))[:200]}; expected struct<bytes: binary, "
+            f"{name} has images of type {_printable(image)}; expected struct<bytes: binary, "
             "path: string> with a PNG in bytes"
         )
     if not pa.types.is_integer(label):
+        raise BadBatch(f"{name} has labels of type {_printable(label)}; expected integers, 0 to 9")
+
+
+def _footer(name: str, content: bytes) -> _Struct:
+    """Return the footer of a Parquet file, checked for size and form before Arrow sees it."""
+    size = int.from_bytes(content[-8:-4], "little")
+    if content[:4] != b"PAR1" or content[-4:] != b"PAR1" or size + 12 > len(content):
         raise BadBatch(
-            f"{name} has labels of type {ascii(str(label))[:200]}; expected integers, 0 to 9"
+            f"{name} is no whole Parquet file: its {len(content)} bytes do not begin and end with "
+            "PAR1 and hold the footer that they promise; send it again"
         )
+    if size > _MAX_FOOTER_BYTES:
+        raise BadBatch(
+            f"{name} has a footer of {size} bytes; expected at most {_MAX_FOOTER_BYTES}: write "
+            "row groups of 1,000 rows or more and leave other columns away"
+        )
+    try:
+        return _Thrift(content[-8 - size : -8]).struct()
+    except (IndexError, _NotThrift) as error:
+        raise BadBatch(f"{name} has a corrupt footer of {size} bytes; write it again") from error
 
 
-def _unpacked_bytes(name: str, content: bytes, metadata: Any) -> int:
-    """Return what the pages of both columns unpack to, by the header of each page.
+def _unpacked_bytes(name: str, content: bytes, footer: _Struct) -> int:
+    """Return what all pages unpack to, by the header of each.
 
     The footer says it too, but Arrow takes memory for what the page says, and a bomb's footer lies.
+    Places are read from the footer by our own hand: Arrow 25 ends the process, with no exception,
+    if asked from Python for the metadata of a column whose size statistics are corrupt.
     """
     total, pages = 0, 0
-    for group in range(metadata.num_row_groups):
-        for column in range(metadata.num_columns):
-            chunk = metadata.row_group(group).column(column)
-            if chunk.path_in_schema not in {"image.bytes", "label"}:
-                continue
-            starts = (chunk.data_page_offset, chunk.dictionary_page_offset)
-            at = min(start for start in starts if start)
-            end = at + chunk.total_compressed_size
-            if not 0 < at <= end <= len(content):
+    groups = _structs(footer[_ROW_GROUPS])
+    for chunk in (chunk for group in groups for chunk in _structs(group[_COLUMN_CHUNKS])):
+        column = chunk[_COLUMN]
+        at = min(column[_DATA_AT], column.get(_DICTIONARY_AT) or column[_DATA_AT])
+        end = at + column[_PACKED]
+        if not 0 < at <= end <= len(content):
+            raise BadBatch(
+                f"{name} promises pages in its bytes {at} to {end}; expected them within "
+                f"{len(content)}: it is corrupt, write it again"
+            )
+        while at < end:
+            header = _Thrift(content[at : at + _MAX_PAGE_HEADER])
+            sizes = header.struct()
+            unpacked, packed = sizes[_PAGE_UNPACKED], sizes[_PAGE_PACKED]
+            at += header.at + packed
+            total += unpacked
+            pages += 1
+            kinds = (part for part in sizes.values() if isinstance(part, dict))
+            values = max((part[_PAGE_VALUES] for part in kinds), default=-1)
+            if min(unpacked, packed, values) < 0:
+                raise _NotThrift
+            if unpacked > MAX_PAGE_BYTES or values > MAX_IMAGES or pages > _MAX_PAGES:
                 raise BadBatch(
-                    f"{name} promises {chunk.path_in_schema} in bytes {at} to {end} of "
-                    f"{len(content)}; expected it inside the file: it is corrupt, write it again"
+                    f"{name} unpacks its page {pages} to {unpacked} bytes of {values} values; "
+                    f"expected at most {MAX_PAGE_BYTES} of {MAX_IMAGES} in at most {_MAX_PAGES} "
+                    "pages: it was not unpacked"
                 )
-            while at < end:
-                unpacked, packed, at = _page_header(name, content, at)
-                at += packed
-                total += unpacked
-                pages += 1
-                if unpacked > MAX_PAGE_BYTES or pages > _MAX_PAGES:
-                    raise BadBatch(
-                        f"{name} unpacks its page {pages} to {unpacked} bytes; expected at most "
-                        f"{MAX_PAGE_BYTES}, and at most {_MAX_PAGES} pages: it was not unpacked"
-                    )
     return total
 
 
-def _page_header(name: str, content: bytes, at: int) -> tuple[int, int, int]:
-    """Return unpacked and packed size of the page at `at`, and where its data begin.
+def _structs(values: list[Any]) -> list[_Struct]:
+    if not all(isinstance(value, dict) for value in values):
+        raise _NotThrift
+    return values
 
-    A page header is a struct in Thrift's compact protocol whose fields 2 and 3 are these sizes:
-    https://parquet.apache.org/docs/file-format/data-pages/.
+
+class _Thrift:
+    """Read Thrift's compact protocol: what Parquet's footer and page headers use of it.
+
+    A struct is a dict of its values by number and type of their field; of bytes only the length is
+    kept. Raises IndexError where the content ends, and _NotThrift for what a writer never writes,
+    such as a field that is there twice: what Arrow would make of it is not ours to guess.
     """
-    try:
-        integers, length = _thrift_struct(content[at : at + _MAX_PAGE_HEADER], 0, depth=3)
-        unpacked, packed = integers[2], integers[3]
-    except (IndexError, KeyError, _NotThrift):
-        unpacked = packed = -1  # ends too early, or has no sizes
-    if min(unpacked, packed) < 0:
-        raise BadBatch(f"{name} has no page header at byte {at}; it is corrupt: write it again")
-    return unpacked, packed, at + length
 
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+        self.at = 0
 
-def _thrift_struct(content: bytes, at: int, depth: int) -> tuple[dict[int, int], int]:
-    """Return the integers of the struct at `at` by the number of their field, and where it ends."""
-    integers, field = {}, 0
-    while content[at]:
-        kind, step = content[at] & 15, content[at] >> 4
-        at += 1
-        if step == 0:
-            field, at = _zigzag(content, at)
-        field += step
+    def struct(self, depth: int = 0) -> _Struct:
+        """Return the struct that begins here, and stand behind it."""
+        values: _Struct = {}
+        number = 0
+        while head := self._byte():
+            kind = head & 15
+            number = number + (head >> 4) if head >> 4 else self._integer()
+            if (number, kind) in values or not 0 < number <= _MAX_FIELD or depth > _MAX_DEPTH:
+                raise _NotThrift
+            values[number, kind] = None if kind in _BOOLEANS else self._value(kind, depth)
+        return values
+
+    def _value(self, kind: int, depth: int) -> Any:
         if kind in _INTEGERS:
-            integers[field], at = _zigzag(content, at)
-        elif kind == _BYTES:
-            length, at = _varint(content, at)
-            at += length
-        elif kind == _STRUCT and depth > 1:
-            _, at = _thrift_struct(content, at, depth - 1)
-        elif kind not in _BOOLEANS:
-            raise _NotThrift
-    return integers, at + 1
+            return self._integer()
+        if kind == _BYTE:
+            return self._byte()
+        if kind == _BYTES:
+            length = self._varint()
+            self.at += length
+            return length
+        if kind == _LIST:
+            head = self._byte()
+            count = head >> 4 if head >> 4 < 15 else self._varint()  # noqa: PLR2004 - 15: it follows
+            if count > _MAX_THRIFT_ITEMS:
+                raise _NotThrift
+            return [self._value(head & 15, depth) for _ in range(count)]
+        if kind == _STRUCT:
+            return self.struct(depth + 1)
+        raise _NotThrift
 
+    def _byte(self) -> int:
+        self.at += 1
+        return self._content[self.at - 1]
 
-def _zigzag(content: bytes, at: int) -> tuple[int, int]:
-    value, at = _varint(content, at)
-    return value >> 1 ^ -(value & 1), at
+    def _varint(self) -> int:
+        value = shift = 0
+        while (byte := self._byte()) & 128:
+            value |= (byte & 127) << shift
+            shift += 7
+            if shift > 63:  # noqa: PLR2004 - bits of the largest integer
+                raise _NotThrift
+        return value | byte << shift
 
-
-def _varint(content: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while content[at] & 128 and shift < 64:  # noqa: PLR2004 - bits of the largest integer
-        value |= (content[at] & 127) << shift
-        shift += 7
-        at += 1
-    return value | content[at] << shift, at + 1
+    def _integer(self) -> int:
+        value = self._varint()
+        return value >> 1 ^ -(value & 1)
 
 
 def _rows(name: str, file: "pq.ParquetFile") -> Iterator[tuple[list[bytes | None], Any]]:
@@ -424,33 +479,45 @@ def _rows(name: str, file: "pq.ParquetFile") -> Iterator[tuple[list[bytes | None
     import pyarrow.compute as pc  # noqa: PLC0415
 
     promised, seen, nulls, first_null = file.metadata.num_rows, 0, 0, 0
+    pngs: list[bytes | None] = []
+    labels: list[NDArray[np.int64]] = []
     with _arrow(name):
-        for part in file.iter_batches(_ROWS, columns=["image.bytes", "label"], use_threads=False):
-            seen += len(part)
-            if seen > promised:
-                break
+        for part in _record_batches(file):
             label = part["label"]
             if label.null_count and not nulls:
-                first_null = seen - len(part) + pc.index(label.is_null(), True).as_py()
+                first_null = seen + pc.index(label.is_null(), True).as_py()
             nulls += label.null_count
             (png,) = part["image"].flatten()  # with the nulls of the struct
             longest = pc.max(pc.binary_length(png.dictionary).take(png.indices)).as_py() or 0
             if longest > MAX_PNG_BYTES:
                 raise BadBatch(
-                    f"{name} has an image of {longest} bytes in rows {seen - len(part)} to "
-                    f"{seen - 1}; expected PNGs of at most {MAX_PNG_BYTES}"
+                    f"{name} has an image of {longest} bytes in rows {seen} to "
+                    f"{seen + len(part) - 1}; expected PNGs of at most {MAX_PNG_BYTES}"
                 )
-            yield (
-                png.dictionary_decode().to_pylist(),
-                label.fill_null(0).cast(pa.int64()).to_numpy(),
-            )
+            seen += len(part)
+            if seen > promised:
+                break
+            pngs += png.dictionary_decode().to_pylist()
+            labels.append(label.fill_null(0).cast(pa.int64()).to_numpy())
+            if len(pngs) >= _ROWS:
+                yield pngs, np.concatenate(labels)
+                pngs, labels = [], []
     if seen != promised:
-        raise BadBatch(f"{name} promises {promised} rows but holds {seen}; write it again")
+        more = "more" if seen > promised else str(seen)
+        raise BadBatch(f"{name} promises {promised} rows but holds {more}; write it again")
+    if pngs:
+        yield pngs, np.concatenate(labels)
     if nulls:
         raise BadBatch(
             f"{name}: {nulls} of {seen} labels are null, the first in row {first_null}; expected "
             "an integer in each row"
         )
+
+
+def _record_batches(file: "pq.ParquetFile") -> Iterator[Any]:
+    """Yield a few thousand rows at a time; none spans row groups, whose dictionaries differ."""
+    for group in range(file.metadata.num_row_groups):
+        yield from file.iter_batches(_ROWS, [group], ["image.bytes", "label"], use_threads=False)
 
 
 _Side = tuple[int, int] | None  # height and width of the images, once the first was seen
@@ -540,7 +607,7 @@ def _size(kind: bytes, header: bytes, side: _Side) -> tuple[int, int]:
             f"has the compression, filter and interlace methods {methods}; expected 0 for each"
         )
     if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
-        raise _BadImage(f"is {height} x {width} pixels; expected at most {MAX_SIDE} a side")
+        raise _BadImage(f"is {height} x {width} pixels; expected 1 to {MAX_SIDE} a side")
     if side not in {None, (height, width)}:
         raise _BadImage(
             f"is {height} x {width} pixels; expected {' x '.join(map(str, side or ()))}, as the "
