@@ -7,7 +7,6 @@ import pytest
 
 from mnist_cnn.digits import Digits, digits_from_idx, embedded_sample, parse_idx, write_idx
 
-
 IMAGES = np.arange(3 * 28 * 28, dtype=np.uint8).reshape(3, 28, 28)
 LABELS = np.array([0, 9, 4], np.uint8)
 
@@ -44,14 +43,14 @@ def test_what_follows_a_gzip_is_refused() -> None:
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
 def test_a_file_that_promises_too_much_is_refused(pack: Callable[[bytes], bytes]) -> None:
-    with pytest.raises(ValueError, match="promises 2352 values .* expected at most 1000"):
+    with pytest.raises(ValueError, match=r"promises 2352 values .* expected at most 1000"):
         parse_idx(pack(write_idx(IMAGES)), "train-images", limit=1000)
 
 
 def test_a_gzip_bomb_is_unpacked_no_further_than_its_header_promises() -> None:
     bomb = gzip.compress(write_idx(IMAGES) + bytes(64 << 20))
     tracemalloc.start()
-    with pytest.raises(ValueError, match="promises 2352 values .* but holds more than 2352"):
+    with pytest.raises(ValueError, match=r"promises 2352 values .* but holds more than 2352"):
         parse_idx(bomb, "train-images")
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()

@@ -456,7 +456,7 @@ def test_a_corrupt_footer_is_refused() -> None:
     whole = write_parquet(DIGITS)
     footer = int.from_bytes(whole[-8:-4], "little")
     corrupt = whole[: -8 - footer] + b"\xff" * footer + whole[-8:]
-    refused({"a.parquet": corrupt}, "a.parquet has a corrupt footer")
+    refused({"a.parquet": corrupt}, "a.parquet has a corrupt footer or page header")
     refused({"a.parquet": whole[:-1]}, "a.parquet is no whole Parquet file")
     refused({"a.parquet": whole[: len(whole) // 2]}, "is no whole Parquet file")
     refused({"a.parquet": whole[:-8] + b"\xff\xff\xff\x7fPAR1"}, "is no whole Parquet file")
@@ -482,8 +482,8 @@ def test_a_page_that_promises_billions_of_values_is_not_unpacked() -> None:
     content = parquet([png()])["train.parquet"]
     header = b"\x15\x04\x15\x9a\x01\x15\x9c\x01\x4c\x15\x02\x15\x00"  # a dictionary of one value
     assert content[4:].startswith(header)
-    lie = header.replace(b"\x4c\x15\x02\x15\x00", b"\x4c\x15\xfe\xff\xff\xff\x0f\x00")
-    # Three bytes of the header's own end and of its data give way, so that the footer still fits.
+    lie = header.replace(b"\x4c\x15\x02\x15\x00", b"\x4c\x15\xfe\xff\xff\xff\x0f\x00\x00")
+    # What followed is overwritten, so that every place in the footer stays right.
     refused(
         {"a.parquet": content[:4] + lie + content[4 + len(lie) :]},
         "unpacks its page 1 to 77 bytes of 2147483647 values",
@@ -558,7 +558,7 @@ INTERLACED = png(pixel=(8, 0, 1))
         (png()[:-5], "is a PNG cut off after"),
         (png(bytes(100)), "promises 812 bytes of lines but holds 100"),
         (png(bytes(10_000_000)), "promises 812 bytes of lines but holds more than 812"),
-        (png(b"\x05" + bytes(811)), "has a row filter beyond the five"),
+        (png(b"\x05" + bytes(811)), "has a row filter beyond PNG's five"),
         (png(extra=chunk(b"tRNS", b"\0\0")), "has a chunk tRNS; expected opaque greyscale"),
         (png(extra=chunk(b"PLTE", bytes(768))), "has a chunk PLTE; expected opaque greyscale"),
         (png(extra=chunk(b"eVIL", b"")[:-1] + b"\0"), "has a chunk eVIL with a wrong checksum"),
