@@ -51,7 +51,7 @@ _IDX_NAME = re.compile(r"(.*)(images[.-]idx3|labels[.-]idx1)-ubyte(\.gz)?")
 class BadBatch(ValueError):
     """What a producer sent cannot be read.
 
-    The sentence says which file, what was got and what was expected.
+    The sentence says which file, what was got and what was expected; rows count from 0.
     """
 
 
@@ -60,7 +60,7 @@ class RawBatch:
     """What the files of a batch hold: readable, of one size, and not judged yet.
 
     `images` is uint8 (N, height, width) with N of at least 1 and sides of 1 to `MAX_SIDE`;
-    `labels` is int64 (N,), of any value.
+    `labels` is int64 (N,), of any value. The images may be a read-only view of the file.
     """
 
     images: NDArray[np.uint8]
@@ -130,7 +130,7 @@ def parse_batch(files: Mapping[str, bytes]) -> RawBatch:
     names = sorted(name for name in files if name != _MARKER)
     if names[0].endswith(".parquet"):
         return _parse_parquet({name: files[name] for name in names})
-    labels, images = sorted(names, key=lambda name: "images" in _IDX_NAME.fullmatch(name)[2])  # type: ignore[index] # check_names matched it
+    labels, images = sorted(names, key=lambda name: "images" in _IDX_NAME.sub(r"\2", name))
     return _parse_pair(images, files[images], labels, files[labels])
 
 
@@ -205,7 +205,8 @@ def _parse_parquet(files: Mapping[str, bytes]) -> RawBatch:
     at = 0
     for name, file in opened.items():
         start, bad, first = at, 0, ""
-        for pngs, labels[at : at + len(pngs)] in _rows(name, file):
+        for pngs, digits in _rows(name, file):
+            labels[at : at + len(pngs)] = digits
             side, decoded, refused = decode(pngs, side)
             if refused and not bad:
                 row, reason = next(iter(refused.items()))

@@ -18,7 +18,7 @@ MAX_ITEMS = 10_000
 
 _MAX_PAGES = 100_000
 _MAX_PAGE_HEADER = 64 << 10  # bytes; some writers put the smallest and largest value into it
-_MAX_FIELD, _MAX_DEPTH = 1000, 8  # Parquet numbers to 20 and nests to 5
+_MAX_FIELD, _MAX_DEPTH = 1000, 16  # Parquet numbers to 20 and nests to 9, lists included
 _BOOLEANS, _BYTE, _INTEGERS, _BYTES, _LIST, _STRUCT = {1, 2}, 3, {4, 5, 6}, 8, 9, 12
 # Fields of https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift,
 # by number and type.
@@ -128,12 +128,14 @@ class _Thrift:
         while head := self._byte():
             kind = head & 15
             number = number + (head >> 4) if head >> 4 else self._integer()
-            if (number, kind) in values or not 0 < number <= _MAX_FIELD or depth > _MAX_DEPTH:
+            if (number, kind) in values or not 0 < number <= _MAX_FIELD:
                 raise _NotThrift
             values[number, kind] = None if kind in _BOOLEANS else self._value(kind, depth)
         return values
 
     def _value(self, kind: int, depth: int) -> Any:
+        if depth > _MAX_DEPTH:
+            raise _NotThrift
         if kind in _INTEGERS:
             return self._integer()
         if kind == _BYTE:
@@ -147,7 +149,7 @@ class _Thrift:
             count = head >> 4 if head >> 4 < 15 else self._varint()  # noqa: PLR2004 - 15: it follows
             if count > MAX_ITEMS:
                 raise _NotThrift
-            return [self._value(head & 15, depth) for _ in range(count)]
+            return [self._value(head & 15, depth + 1) for _ in range(count)]
         if kind == _STRUCT:
             return self.struct(depth + 1)
         raise _NotThrift

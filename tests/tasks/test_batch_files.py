@@ -199,7 +199,7 @@ def test_every_row_filter_is_undone_as_pillow_undoes_it(
 
 
 def test_texts_beside_the_pixels_and_pixels_in_pieces_are_no_obstacle() -> None:
-    whole = png(bytes(range(1, 30)) * 0 + b"".join(b"\0" + bytes([y] * 28) for y in range(28)))
+    whole = png(b"".join(b"\0" + bytes([y] * 28) for y in range(28)))
     at = whole.index(b"IDAT") - 4
     data = whole[at + 8 : -16]
     pieces = whole[:at] + chunk(b"tEXt", b"Title\0seven")
@@ -462,6 +462,15 @@ def test_a_corrupt_footer_is_refused() -> None:
     refused({"a.parquet": whole[:-8] + b"\xff\xff\xff\x7fPAR1"}, "is no whole Parquet file")
 
 
+@pytest.mark.parametrize(
+    "nested", [b"\x19", b"\x1c", b"\x19\x1c"], ids=["lists", "structs", "both"]
+)
+def test_a_footer_nested_without_end_is_refused(nested: bytes) -> None:
+    footer = nested * 100_000
+    content = b"PAR1" + footer + struct.pack("<I", len(footer)) + b"PAR1"
+    refused({"a.parquet": content}, "a.parquet has a corrupt footer")
+
+
 def test_a_footer_of_megabytes_is_refused() -> None:
     table = pa.table({"image": pa.array([None], HF), "label": [5]})
     content = written(table.replace_schema_metadata({"note": "x" * 2 * MIB}))
@@ -535,7 +544,6 @@ def test_encodings_that_repeat_what_came_before_are_refused(encoding: str) -> No
 # PNG
 
 GREY = DIGITS.images[0]
-INTERLACED = png(pixel=(8, 0, 1))
 
 
 @pytest.mark.parametrize(
