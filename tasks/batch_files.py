@@ -5,16 +5,10 @@ image layout, `image` a struct whose `bytes` are a PNG and `label` an integer. W
 checked before anything is unpacked, and memory is taken for what was allowed, not for what was
 sent. Nothing here judges digits: images of any look and labels of any value are for the
 expectations.
-
-PNGs are decoded here and not by a library: images of one size and one pixel format need 60 lines,
-are undone thousands at a time (10 to 20 times faster than Pillow's one by one), and no C code
-meets what was sent but zlib and Arrow.
 """
 
 import io
 import re
-import struct
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,15 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mnist_cnn.digits import SIDE, Digits, parse_idx
+from mnist_cnn.png_images import MAX_PNG_BYTES, MAX_SIDE, Size, decode
+from tasks.parquet_pages import MAX_FOOTER_BYTES, MAX_ITEMS, BadPages, check_pages
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 MAX_IMAGES = 500_000
 """Images in a batch: eight times MNIST, 392 MB of pixels. More come as several batches."""
-
-MAX_SIDE = 64
-"""Height and width, pixels: enough for an expectation to say that 32 x 32 is no MNIST image."""
 
 MAX_PIXELS = MAX_IMAGES * SIDE * SIDE
 """Bytes of all images of a batch in memory."""
@@ -49,39 +42,17 @@ MAX_FILES = 200
 MAX_NAME = 200
 """Characters in a file's name: less than the 255 bytes that file systems take."""
 
-MAX_PNG_BYTES = 16 << 10
-"""Size of one PNG: four times the pixels of the largest image, for texts and profiles beside it."""
-
-MAX_PAGE_BYTES = 64 << 20
-"""Size of an unpacked Parquet page: one page for 122,880 images, DuckDB's row group, takes 40."""
-
-_MAX_FOOTER_BYTES = 2 << 20  # 1.5 kB for a row group of 1,000 images makes 0.75 MB for MAX_IMAGES
-_MAX_THRIFT_ITEMS = 10_000  # row groups or columns in a footer
-_MAX_PAGES = 100_000  # pages of a column in a file
 _ROWS = 4096  # images decoded at a time: 3.2 MB, and the vectors of the row filters fit in a cache
-_MAX_PAGE_HEADER = 64 << 10  # bytes; some writers put the smallest and largest value into it
 MARKER = "_SUCCESS"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _IDX_NAME = re.compile(r"(.*)(images[.-]idx3|labels[.-]idx1)-ubyte(\.gz)?")
-_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_COLOURS = {0: "greyscale", 2: "colour", 3: "palette", 4: "greyscale with alpha", 6: "colour+alpha"}
-_SUB, _UP, _AVERAGE, _PAETH = 1, 2, 3, 4
-_BOOLEANS, _INTEGERS, _BYTES, _STRUCT = {1, 2}, {4, 5, 6}, 8, 12  # Thrift's types of a field
 
 
 class BadBatch(ValueError):
     """What a producer sent cannot be read.
 
-    The sentence says which file, what was got and what was expected.
+    The sentence says which file, what was got and what was expected; rows count from 0.
     """
-
-
-class _NotThrift(ValueError):
-    """What should be a page header holds what no page header holds."""
-
-
-class _BadImage(ValueError):
-    """One PNG cannot be read; the sentence goes on after "the first, in row 7,"."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +60,7 @@ class RawBatch:
     """What the files of a batch hold: readable, of one size, and not judged yet.
 
     `images` is uint8 (N, height, width) with N of at least 1 and sides of 1 to `MAX_SIDE`;
-    `labels` is int64 (N,), of any value.
+    `labels` is int64 (N,), of any value. The images may be a read-only view of the file.
     """
 
     images: NDArray[np.uint8]
@@ -159,7 +130,7 @@ def parse_batch(files: Mapping[str, bytes]) -> RawBatch:
     names = sorted(name for name in files if name != MARKER)
     if names[0].endswith(".parquet"):
         return _parse_parquet({name: files[name] for name in names})
-    labels, images = sorted(names, key=lambda name: "images" in _IDX_NAME.fullmatch(name)[2])  # type: ignore[index] # check_names matched it
+    labels, images = sorted(names, key=lambda name: "images" in _IDX_NAME.sub(r"\2", name))
     return _parse_pair(images, files[images], labels, files[labels])
 
 
@@ -196,7 +167,7 @@ def _parse_pair(images: str, pixels: bytes, labels: str, digits: bytes) -> RawBa
             f"{images} holds {len(image)} images but {labels} holds {len(label)} labels; "
             "expected one label for each image"
         )
-    if not 0 < max(image.shape[1:]) <= MAX_SIDE or not len(image):
+    if min(image.shape) < 1 or max(image.shape[1:]) > MAX_SIDE:
         raise BadBatch(
             f"{images} holds {' x '.join(map(str, image.shape))} pixels; expected images of at "
             f"least 1 and at most {MAX_SIDE} pixels a side, at least one of them"
@@ -226,16 +197,17 @@ def _parse_parquet(files: Mapping[str, bytes]) -> RawBatch:
         total += rows
         if rows < 1 or total > MAX_IMAGES:
             raise BadBatch(
-                f"{name} promises {rows} rows, {total} with the files before it; expected at least "
-                f"1 in each file and at most {MAX_IMAGES} in all"
+                f"{name} promises {rows} rows, {total} with the files before it; expected at most "
+                f"{MAX_IMAGES} in all"
             )
-    side: _Side = None
+    side: Size | None = None
     images, labels = np.empty((total, 0, 0), np.uint8), np.empty(total, np.int64)
     at = 0
     for name, file in opened.items():
         start, bad, first = at, 0, ""
-        for pngs, labels[at : at + len(pngs)] in _rows(name, file):
-            side, decoded, refused = _decode(pngs, side)
+        for pngs, digits in _rows(name, file):
+            labels[at : at + len(pngs)] = digits
+            side, decoded, refused = decode(pngs, side)
             if refused and not bad:
                 row, reason = next(iter(refused.items()))
                 first = f"the first, in row {at - start + row}, {reason}"
@@ -259,6 +231,11 @@ def _room(name: str, count: int, height: int, width: int) -> NDArray[np.uint8]:
     return np.empty((count, height, width), np.uint8)
 
 
+def _printable(foreign: object) -> str:
+    """Return what holds a producer's words so that it can stand in a sentence of ours."""
+    return ascii(str(foreign))[1:-1][:200]
+
+
 @contextmanager
 def _arrow(name: str) -> Iterator[None]:
     """Turn what Arrow raises into a sentence of ours."""
@@ -266,9 +243,9 @@ def _arrow(name: str) -> Iterator[None]:
 
     try:
         yield
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
         raise BadBatch(
-            f"{name} cannot be read as Parquet ({ascii(str(error))[1:-1][:200]}); expected a whole "
+            f"{name} cannot be read as Parquet ({_printable(error)}); expected a whole "
             "file, plain or dictionary encoded, not encrypted: write it again"
         ) from error
 
@@ -278,35 +255,23 @@ def _open_parquet(name: str, content: bytes) -> "pq.ParquetFile":
     import pyarrow as pa  # noqa: PLC0415
     import pyarrow.parquet as pq  # noqa: PLC0415
 
-    footer = int.from_bytes(content[-8:-4], "little")
-    if content[:4] != b"PAR1" or content[-4:] != b"PAR1" or footer + 12 > len(content):
-        raise BadBatch(
-            f"{name} is no whole Parquet file: its {len(content)} bytes do not begin and end with "
-            "PAR1 and hold the footer that they promise; send it again"
-        )
-    if footer > _MAX_FOOTER_BYTES:
-        raise BadBatch(
-            f"{name} has a footer of {footer} bytes; expected at most {_MAX_FOOTER_BYTES}: write "
-            "row groups of 1,000 rows or more and leave other columns away"
-        )
+    try:
+        check_pages(content, name, MAX_IMAGES, MAX_BATCH_BYTES)
+    except BadPages as error:
+        raise BadBatch(str(error)) from error
+    options: dict[str, Any] = {
+        "pre_buffer": False,
+        "thrift_string_size_limit": MAX_FOOTER_BYTES,
+        "thrift_container_size_limit": MAX_ITEMS,
+    }
     with _arrow(name):
-        # As a dictionary, a value that a million rows repeat is one value in memory, not a million.
-        file = pq.ParquetFile(
-            pa.BufferReader(content),
-            read_dictionary=["image.bytes"],
-            pre_buffer=False,
-            thrift_string_size_limit=_MAX_FOOTER_BYTES,
-            thrift_container_size_limit=_MAX_THRIFT_ITEMS,
-        )
+        file = pq.ParquetFile(pa.BufferReader(content), **options)
         schema = file.schema_arrow
     _check_columns(name, schema)
-    pages = _unpacked_bytes(name, content, file.metadata)
-    if pages > MAX_BATCH_BYTES:
-        raise BadBatch(
-            f"{name} unpacks to {pages} bytes; expected at most {MAX_BATCH_BYTES}: it was not "
-            "unpacked"
-        )
-    return file
+    with _arrow(name):
+        # As a dictionary, a value that a million rows repeat is one value in memory, not a million.
+        options |= {"metadata": file.metadata, "read_dictionary": ["image.bytes"]}
+        return pq.ParquetFile(pa.BufferReader(content), **options)
 
 
 def _check_columns(name: str, schema: Any) -> None:
@@ -322,100 +287,13 @@ def _check_columns(name: str, schema: Any) -> None:
     image, label = schema.field("image").type, schema.field("label").type
     bytes_at = image.get_all_field_indices("bytes") if pa.types.is_struct(image) else []
     held = image.field(bytes_at[0]).type if len(bytes_at) == 1 else image
-    if not pa.types.is_dictionary(held) or not (
-        pa.types.is_binary(held.value_type) or pa.types.is_large_binary(held.value_type)
-    ):
+    if len(bytes_at) != 1 or not (pa.types.is_binary(held) or pa.types.is_large_binary(held)):
         raise BadBatch(
-            f"{name} has images of type {ascii(str(image))[:200]}; expected struct<bytes: binary, "
+            f"{name} has images of type {_printable(image)}; expected struct<bytes: binary, "
             "path: string> with a PNG in bytes"
         )
     if not pa.types.is_integer(label):
-        raise BadBatch(
-            f"{name} has labels of type {ascii(str(label))[:200]}; expected integers, 0 to 9"
-        )
-
-
-def _unpacked_bytes(name: str, content: bytes, metadata: Any) -> int:
-    """Return what the pages of both columns unpack to, by the header of each page.
-
-    The footer says it too, but Arrow takes memory for what the page says, and a bomb's footer lies.
-    """
-    total, pages = 0, 0
-    for group in range(metadata.num_row_groups):
-        for column in range(metadata.num_columns):
-            chunk = metadata.row_group(group).column(column)
-            if chunk.path_in_schema not in {"image.bytes", "label"}:
-                continue
-            starts = (chunk.data_page_offset, chunk.dictionary_page_offset)
-            at = min(start for start in starts if start)
-            end = at + chunk.total_compressed_size
-            if not 0 < at <= end <= len(content):
-                raise BadBatch(
-                    f"{name} promises {chunk.path_in_schema} in bytes {at} to {end} of "
-                    f"{len(content)}; expected it inside the file: it is corrupt, write it again"
-                )
-            while at < end:
-                unpacked, packed, at = _page_header(name, content, at)
-                at += packed
-                total += unpacked
-                pages += 1
-                if unpacked > MAX_PAGE_BYTES or pages > _MAX_PAGES:
-                    raise BadBatch(
-                        f"{name} unpacks its page {pages} to {unpacked} bytes; expected at most "
-                        f"{MAX_PAGE_BYTES}, and at most {_MAX_PAGES} pages: it was not unpacked"
-                    )
-    return total
-
-
-def _page_header(name: str, content: bytes, at: int) -> tuple[int, int, int]:
-    """Return unpacked and packed size of the page at `at`, and where its data begin.
-
-    A page header is a struct in Thrift's compact protocol whose fields 2 and 3 are these sizes:
-    https://parquet.apache.org/docs/file-format/data-pages/.
-    """
-    try:
-        integers, length = _thrift_struct(content[at : at + _MAX_PAGE_HEADER], 0, depth=3)
-        unpacked, packed = integers[2], integers[3]
-    except (IndexError, KeyError, _NotThrift):
-        unpacked = packed = -1  # ends too early, or has no sizes
-    if min(unpacked, packed) < 0:
-        raise BadBatch(f"{name} has no page header at byte {at}; it is corrupt: write it again")
-    return unpacked, packed, at + length
-
-
-def _thrift_struct(content: bytes, at: int, depth: int) -> tuple[dict[int, int], int]:
-    """Return the integers of the struct at `at` by the number of their field, and where it ends."""
-    integers, field = {}, 0
-    while content[at]:
-        kind, step = content[at] & 15, content[at] >> 4
-        at += 1
-        if step == 0:
-            field, at = _zigzag(content, at)
-        field += step
-        if kind in _INTEGERS:
-            integers[field], at = _zigzag(content, at)
-        elif kind == _BYTES:
-            length, at = _varint(content, at)
-            at += length
-        elif kind == _STRUCT and depth > 1:
-            _, at = _thrift_struct(content, at, depth - 1)
-        elif kind not in _BOOLEANS:
-            raise _NotThrift
-    return integers, at + 1
-
-
-def _zigzag(content: bytes, at: int) -> tuple[int, int]:
-    value, at = _varint(content, at)
-    return value >> 1 ^ -(value & 1), at
-
-
-def _varint(content: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while content[at] & 128 and shift < 64:  # noqa: PLR2004 - bits of the largest integer
-        value |= (content[at] & 127) << shift
-        shift += 7
-        at += 1
-    return value | content[at] << shift, at + 1
+        raise BadBatch(f"{name} has labels of type {_printable(label)}; expected integers, 0 to 9")
 
 
 def _rows(name: str, file: "pq.ParquetFile") -> Iterator[tuple[list[bytes | None], Any]]:
@@ -424,28 +302,34 @@ def _rows(name: str, file: "pq.ParquetFile") -> Iterator[tuple[list[bytes | None
     import pyarrow.compute as pc  # noqa: PLC0415
 
     promised, seen, nulls, first_null = file.metadata.num_rows, 0, 0, 0
+    pngs: list[bytes | None] = []
+    labels: list[NDArray[np.int64]] = []
     with _arrow(name):
-        for part in file.iter_batches(_ROWS, columns=["image.bytes", "label"], use_threads=False):
-            seen += len(part)
-            if seen > promised:
-                break
+        for part in _record_batches(file):
             label = part["label"]
             if label.null_count and not nulls:
-                first_null = seen - len(part) + pc.index(label.is_null(), True).as_py()
+                first_null = seen + pc.index(label.is_null(), True).as_py()
             nulls += label.null_count
             (png,) = part["image"].flatten()  # with the nulls of the struct
             longest = pc.max(pc.binary_length(png.dictionary).take(png.indices)).as_py() or 0
             if longest > MAX_PNG_BYTES:
                 raise BadBatch(
-                    f"{name} has an image of {longest} bytes in rows {seen - len(part)} to "
-                    f"{seen - 1}; expected PNGs of at most {MAX_PNG_BYTES}"
+                    f"{name} has an image of {longest} bytes in rows {seen} to "
+                    f"{seen + len(part) - 1}; expected PNGs of at most {MAX_PNG_BYTES}"
                 )
-            yield (
-                png.dictionary_decode().to_pylist(),
-                label.fill_null(0).cast(pa.int64()).to_numpy(),
-            )
+            seen += len(part)
+            if seen > promised:
+                break
+            pngs += png.dictionary_decode().to_pylist()
+            labels.append(label.fill_null(0).cast(pa.int64()).to_numpy())
+            if len(pngs) >= _ROWS:
+                yield pngs, np.concatenate(labels)
+                pngs, labels = [], []
     if seen != promised:
-        raise BadBatch(f"{name} promises {promised} rows but holds {seen}; write it again")
+        more = "more" if seen > promised else str(seen)
+        raise BadBatch(f"{name} promises {promised} rows but holds {more}; write it again")
+    if pngs:
+        yield pngs, np.concatenate(labels)
     if nulls:
         raise BadBatch(
             f"{name}: {nulls} of {seen} labels are null, the first in row {first_null}; expected "
@@ -453,143 +337,7 @@ def _rows(name: str, file: "pq.ParquetFile") -> Iterator[tuple[list[bytes | None
         )
 
 
-_Side = tuple[int, int] | None  # height and width of the images, once the first was seen
-
-
-def _decode(
-    pngs: list[bytes | None], side: _Side
-) -> tuple[_Side, NDArray[np.uint8], dict[int, str]]:
-    """Return the images' size, uint8 (N, height, width), and what is wrong with which row."""
-    lines, refused = [], {}
-    for row, png in enumerate(pngs):
-        try:
-            side, line = _filtered_lines(png, side)
-            lines.append(line)
-        except _BadImage as error:
-            refused[row] = str(error)
-    if refused or side is None:
-        return side, np.empty((0, 0, 0), np.uint8), refused
-    height, width = side
-    joined = np.frombuffer(b"".join(lines), np.uint8).reshape(-1, height, 1 + width)
-    foreign = (joined[:, :, 0] > _PAETH).any(axis=1)
-    refused = {int(row): "has a row filter beyond the five" for row in np.flatnonzero(foreign)}
-    return side, joined[:, :, 1:] if refused else _unfiltered(joined), refused
-
-
-def _filtered_lines(png: bytes | None, side: _Side) -> tuple[tuple[int, int], bytes]:
-    """Return size and inflated lines, a filter's number before each, of a PNG that may be read.
-
-    Signature, sizes, pixel format and checksums come first; nothing is unpacked beyond the size.
-    """
-    if png is None:
-        raise _BadImage("is null; expected a PNG")
-    if png[:8] != _SIGNATURE:
-        raise _BadImage(f"begins with {png[:8].hex()!r}; expected a PNG's {_SIGNATURE.hex()!r}")
-    chunks = _chunks(png)
-    height, width = size = _size(*next(chunks, (b"IEND", b"")), side)
-    packed = []
-    for kind, data in chunks:
-        if kind == b"IDAT":
-            packed.append(data)
-        elif kind == b"tRNS" or not kind[0] & 0x20:  # a capital: it may not be skipped
-            raise _BadImage(f"has a chunk {_ascii(kind)}; expected opaque greyscale, no palette")
-    promised = height * (1 + width)
-    inflate = zlib.decompressobj()
-    try:
-        lines = inflate.decompress(b"".join(packed), promised + 1)
-    except zlib.error as error:
-        raise _BadImage(f"has corrupt pixels ({error}); send it again") from error
-    if len(lines) != promised or not inflate.eof:
-        held = f"more than {promised}" if len(lines) > promised else f"{len(lines)}, cut off"
-        raise _BadImage(f"promises {promised} bytes of lines but holds {held}; send it again")
-    return size, lines
-
-
-def _chunks(png: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Yield type and data of each chunk before IEND, with its checksum verified."""
-    at = len(_SIGNATURE)
-    while True:
-        length, kind = struct.unpack_from(">I4s", png, at) if at + 12 <= len(png) else (0, b"")
-        end = at + 8 + length
-        if not kind or end + 4 > len(png):
-            raise _BadImage(f"is a PNG cut off after {len(png)} bytes; send it again")
-        if zlib.crc32(png[at + 4 : end]) != int.from_bytes(png[end : end + 4], "big"):
-            raise _BadImage(f"has a chunk {_ascii(kind)} with a wrong checksum; send it again")
-        if kind == b"IEND":
-            return
-        yield kind, png[at + 8 : end]
-        at = end + 4
-
-
-def _ascii(kind: bytes) -> str:
-    return ascii(kind)[2:-1]
-
-
-def _size(kind: bytes, header: bytes, side: _Side) -> tuple[int, int]:
-    """Return height and width that a PNG's first chunk declares, if they may be read."""
-    if kind != b"IHDR" or len(header) != 13:  # noqa: PLR2004
-        raise _BadImage(f"begins with a chunk {_ascii(kind)}; expected IHDR of 13 bytes")
-    width, height, depth, colour, *methods = struct.unpack(">IIBBBBB", header)
-    if depth != 8 or colour != 0:  # noqa: PLR2004
-        raise _BadImage(
-            f"is a PNG of {depth} bits, {_COLOURS.get(colour, f'colour type {colour}')}; expected "
-            "8 bits, greyscale"
-        )
-    if methods != [0, 0, 0]:
-        raise _BadImage(
-            f"has the compression, filter and interlace methods {methods}; expected 0 for each"
-        )
-    if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
-        raise _BadImage(f"is {height} x {width} pixels; expected at most {MAX_SIDE} a side")
-    if side not in {None, (height, width)}:
-        raise _BadImage(
-            f"is {height} x {width} pixels; expected {' x '.join(map(str, side or ()))}, as the "
-            "images before it"
-        )
-    return height, width
-
-
-def _unfiltered(lines: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Undo the row filters of uint8 (N, height, 1 + width): https://www.w3.org/TR/png/#9Filters.
-
-    Row by row of all images at once: each filter needs the finished row above. `Sub` is a running
-    sum; `Average` and `Paeth` also need the finished pixel to the left, and go column by column.
-    """
-    filters, pixels = lines[:, :, 0], lines[:, :, 1:].copy()
-    above = np.zeros_like(pixels[:, 0])
-    for y in range(pixels.shape[1]):
-        row, kinds = pixels[:, y], filters[:, y]
-        for kind in np.unique(kinds):
-            chosen = np.flatnonzero(kinds == kind)
-            if kind == _SUB:
-                row[chosen] = np.cumsum(row[chosen], axis=1, dtype=np.uint8)
-            elif kind == _UP:
-                row[chosen] += above[chosen]
-            elif kind in {_AVERAGE, _PAETH}:
-                undo = _undo_average if kind == _AVERAGE else _undo_paeth
-                row[chosen] = undo(
-                    row[chosen].T.astype(np.int16), above[chosen].T.astype(np.int16)
-                ).T
-        above = row
-    return pixels
-
-
-def _undo_average(row: NDArray[np.int16], above: NDArray[np.int16]) -> NDArray[np.int16]:
-    left = np.zeros_like(row[0])
-    for x in range(len(row)):
-        row[x] = left = (row[x] + ((left + above[x]) >> 1)) & 255
-    return row
-
-
-def _undo_paeth(row: NDArray[np.int16], above: NDArray[np.int16]) -> NDArray[np.int16]:
-    """Add to each pixel that neighbour (left, above, corner) which is nearest to their plane."""
-    left = corner = np.zeros_like(row[0])
-    for x in range(len(row)):
-        up = above[x]
-        by_left, by_up = np.abs(up - corner), np.abs(left - corner)
-        by_corner = np.abs(left + up - 2 * corner)
-        nearest = np.where(by_up <= by_corner, up, corner)
-        nearest = np.where((by_left <= by_up) & (by_left <= by_corner), left, nearest)
-        row[x] = left = (row[x] + nearest) & 255
-        corner = up
-    return row
+def _record_batches(file: "pq.ParquetFile") -> Iterator[Any]:
+    """Yield a few thousand rows at a time; none spans row groups, whose dictionaries differ."""
+    for group in range(file.metadata.num_row_groups):
+        yield from file.iter_batches(_ROWS, [group], ["image.bytes", "label"], use_threads=False)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import platform
 import re
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import requires
 from importlib.metadata import version as installed
@@ -137,5 +138,5 @@ def _dependencies() -> list[str]:
     return sorted({_NAME.findall(need)[0] for need in needs})
 
 
-def _digest(values: dict[str, object]) -> str:
+def _digest(values: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

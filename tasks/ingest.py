@@ -58,7 +58,7 @@ def find_arrivals(snapshot: Snapshot, quiet_minutes: float) -> Arrivals:
     for entry in _objects(store, folder):
         name, inside, _ = entry.name.removeprefix(folder).partition("/")
         batches.setdefault(name if inside else "", []).append(entry)
-    complete, waiting = [], []
+    complete, waiting = list[str](), list[str]()
     for name, entries in batches.items():
         marked = any(entry.name == f"{folder}{name}/{MARKER}" for entry in entries)
         newest = max(entry.modified for entry in entries)

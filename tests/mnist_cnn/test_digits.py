@@ -1,16 +1,11 @@
 import gzip
-import struct
+import tracemalloc
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from mnist_cnn.digits import Digits, digits_from_idx, embedded_sample, parse_idx
-
-
-def idx(array: np.ndarray) -> bytes:
-    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
-
+from mnist_cnn.digits import Digits, digits_from_idx, embedded_sample, parse_idx, write_idx
 
 IMAGES = np.arange(3 * 28 * 28, dtype=np.uint8).reshape(3, 28, 28)
 LABELS = np.array([0, 9, 4], np.uint8)
@@ -18,7 +13,7 @@ LABELS = np.array([0, 9, 4], np.uint8)
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
 def test_an_idx_pair_is_read_packed_or_not(pack: Callable[[bytes], bytes]) -> None:
-    digits = digits_from_idx(pack(idx(IMAGES)), pack(idx(LABELS)), "train")
+    digits = digits_from_idx(pack(write_idx(IMAGES)), pack(write_idx(LABELS)), "train")
     assert (digits.images == IMAGES).all()
     assert digits.labels.tolist() == [0, 9, 4]
 
@@ -26,12 +21,12 @@ def test_an_idx_pair_is_read_packed_or_not(pack: Callable[[bytes], bytes]) -> No
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (gzip.compress(idx(IMAGES))[:-20], "truncated gzip"),
-        (gzip.compress(idx(IMAGES))[:10] + b"\xff" * 40, "corrupt gzip"),
-        (b"PNG!" + idx(IMAGES), "not an IDX file"),
-        (idx(IMAGES)[:9], "ends inside its header"),
-        (idx(IMAGES)[:-1], "promises 2352 values"),
-        (idx(IMAGES) + b"\0", "promises 2352 values"),
+        (gzip.compress(write_idx(IMAGES))[:-20], "truncated gzip"),
+        (gzip.compress(write_idx(IMAGES))[:10] + b"\xff" * 40, "corrupt gzip"),
+        (b"PNG!" + write_idx(IMAGES), "not an IDX file"),
+        (write_idx(IMAGES)[:9], "ends inside its header"),
+        (write_idx(IMAGES)[:-1], "promises 2352 values"),
+        (write_idx(IMAGES) + b"\0", "promises 2352 values"),
         (b"", "not an IDX file"),
     ],
 )
@@ -41,20 +36,39 @@ def test_a_damaged_file_is_named_with_what_is_wrong(content: bytes, sentence: st
     assert "train-images" in str(error.value)
 
 
-def test_a_gzip_bomb_ends_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mnist_cnn.digits._MAX_IDX_BYTES", 1000)
-    with pytest.raises(ValueError, match="unpacks to more than 1000 bytes"):
-        parse_idx(gzip.compress(bytes(100_000)), "train-images")
+def test_what_follows_a_gzip_is_refused() -> None:
+    with pytest.raises(ValueError, match="goes on for 3 bytes after its gzip data has ended"):
+        parse_idx(gzip.compress(write_idx(IMAGES)) + b"PK\3", "train-images")
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_file_that_promises_too_much_is_refused(pack: Callable[[bytes], bytes]) -> None:
+    with pytest.raises(ValueError, match=r"promises 2352 values .* expected at most 1000"):
+        parse_idx(pack(write_idx(IMAGES)), "train-images", limit=1000)
+
+
+def test_a_gzip_bomb_is_unpacked_no_further_than_its_header_promises() -> None:
+    bomb = gzip.compress(write_idx(IMAGES) + bytes(64 << 20))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"promises 2352 values .* but holds more than 2352"):
+        parse_idx(bomb, "train-images")
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+def test_only_bytes_are_written_as_idx() -> None:
+    with pytest.raises(ValueError, match="the array is int64; expected uint8"):
+        write_idx(LABELS.astype(np.int64))
 
 
 def test_images_of_another_size_are_refused() -> None:
     with pytest.raises(ValueError, match=r"shape \(3, 32, 32\); expected uint8"):
-        digits_from_idx(idx(np.zeros((3, 32, 32), np.uint8)), idx(LABELS), "train")
+        digits_from_idx(write_idx(np.zeros((3, 32, 32), np.uint8)), write_idx(LABELS), "train")
 
 
 def test_counts_that_differ_are_refused() -> None:
     with pytest.raises(ValueError, match="3 images but 2 labels"):
-        digits_from_idx(idx(IMAGES), idx(LABELS[:2]), "train")
+        digits_from_idx(write_idx(IMAGES), write_idx(LABELS[:2]), "train")
 
 
 def test_a_label_outside_0_to_9_is_refused() -> None:

@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
+import torch
 from prefect.logging import disable_run_logger
+from torch import nn
 
 from deployments.stack import PROJECT
 from mnist_cnn.digits import Digits, embedded_sample, write_idx
 from tasks.batch_files import write_parquet
 from tasks.ingest import Arrivals, find_arrivals, ingest_batch
 from tasks.ledger import present_snapshot, read_ledger, write_base
-from tasks.records import Snapshot, Verdict
+from tasks.records import ModelVersion, Snapshot, Verdict
 from tasks.shards import read_split, write_snapshot
 from tasks.storage import Store
 
@@ -225,7 +227,6 @@ BAD_DATA: dict[str, tuple[Callable[[Digits], Digits], str]] = {
         lambda d: Digits(d.images.transpose(0, 2, 1).copy(), d.labels),
         "upright_over_transposed",
     ),
-    "30 % of the labels shuffled": (shuffled, "label_agrees"),
     "labels shifted by one": (lambda d: Digits(d.images, (d.labels + 1) % 10), "label_match"),
     "noise only": (noise, "border"),
     "blank": (lambda d: Digits(np.zeros_like(d.images), d.labels), "blank"),
@@ -250,6 +251,39 @@ def test_bad_data_never_reaches_a_snapshot(store: Store, base: Snapshot, kind: s
     assert column in verdict.reason
     assert present(base) == base
     assert under(store, "incoming") == []
+
+
+class NearestMean(nn.Module):
+    """A champion that reads a digit by its distance from the mean of each class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        images = torch.tensor(SAMPLE.images, dtype=torch.float32).flatten(1)
+        labels = torch.tensor(SAMPLE.labels)
+        self.means = nn.Parameter(torch.stack([images[labels == d].mean(0) for d in range(10)]))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return -torch.cdist(images.flatten(1).float(), self.means) / 50
+
+
+@pytest.mark.parametrize(("damage", "accepted"), [(shuffled, False), (lambda d: d, True)])
+def test_labels_that_the_champion_contradicts_are_refused(
+    store: Store,
+    base: Snapshot,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[Digits], Digits],
+    *,
+    accepted: bool,
+) -> None:
+    champion = ModelVersion(
+        name="digits-cnn", version="1", run_id="r", model="models:/digits-cnn/1", snapshot="s"
+    )
+    monkeypatch.setattr("tasks.ingest.load_model", lambda _: (NearestMean(), 1))
+    drop(store, "monday", idx(damage(NEW)))
+    verdict = ingest_batch.fn(base, "monday", champion)
+    assert verdict
+    assert verdict.accepted == accepted
+    assert ("champion_contradicts" in verdict.reason) != accepted
 
 
 # Each kind of unreadable batch, and what the reason says; tests/tasks/test_batch_files.py has more.
