@@ -51,7 +51,7 @@ def awaiting(first: list[object]) -> State:
     """Return the state of a run that made a challenger, version 2, beside champion 1."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tasks.decide.decide", unsure)
-        return train("digits", store=PLACE, return_state=True)
+        return train("digits", store=PLACE, force=True, return_state=True)
 
 
 def champion() -> str:

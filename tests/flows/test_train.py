@@ -15,12 +15,18 @@ import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    FlowRunFilter,
+    FlowRunFilterId,
+)
 from prefect.client.schemas.objects import FlowRun
 
 from deployments.stack import PROJECT, Stack
 from flows.train import train
 from mnist_cnn.digits import Digits, embedded_sample
+from tasks.ledger import read_base
 from tasks.records import RunSummary
 from tasks.registry import find_champion
 from tasks.storage import DEFAULT_STORE, Store
@@ -119,12 +125,28 @@ def test_every_link_opens(summary: RunSummary) -> None:
             assert answer.status == 200
 
 
-def test_a_second_run_sends_no_data_again_and_ends_by_rule(
+def test_a_second_run_with_nothing_new_is_skipped_with_the_reason(
+    first_run: FlowRun, summary: RunSummary
+) -> None:
+    second = wait_for(trigger("--param", "dataset=digits"))
+    assert second.state
+    assert second.state.name == "Skipped"
+    assert "the champion, version 1, was trained on the same snapshot" in str(second.state.message)
+    with get_client(sync_client=True) as prefect:
+        tasks = prefect.read_task_runs(
+            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[second.id]))
+        )
+    assert not any(task.name.startswith("train_model") for task in tasks)
+    told = Store(DEFAULT_STORE).get(f"runs/{second.id}/summary.json")
+    assert RunSummary.model_validate_json(told).champion == summary.champion
+
+
+def test_a_second_run_that_is_forced_sends_no_data_again_and_ends_by_rule(
     first_run: FlowRun, summary: RunSummary
 ) -> None:
     """The same data, code and seed give the same model: a tie, which keeps the champion."""
     names = Store(DEFAULT_STORE).names("datasets/digits/s")
-    second = wait_for(trigger("--param", "dataset=digits"))
+    second = wait_for(trigger("--param", "dataset=digits", "--param", "force=true"))
     assert second.state
     assert second.state.name == "Champion kept"
     assert Store(DEFAULT_STORE).names("datasets/digits/s") == names
@@ -136,7 +158,7 @@ def test_a_second_run_sends_no_data_again_and_ends_by_rule(
 def test_a_second_trigger_while_a_run_is_active_is_cancelled_with_the_reason(
     first_run: FlowRun,
 ) -> None:
-    active = trigger("--param", "dataset=digits")
+    active = trigger("--param", "dataset=digits", "--param", "force=true")
     second = wait_for(trigger("--param", "dataset=digits"))
     assert second.state
     assert second.state.is_cancelled()
@@ -149,7 +171,7 @@ def test_a_second_trigger_while_a_run_is_active_is_cancelled_with_the_reason(
 @pytest.mark.parametrize(
     ("parameter", "sentence"),
     [
-        ("dataset=fashion", "dataset"),
+        ("dataset=Fashion MNIST", "dataset"),
         ('training={"epoch": 2}', "epoch"),
         ('training={"epochs": 0}', "epochs"),
         ('promotion={"accuracy_floor": 98}', "accuracy_floor"),
@@ -164,6 +186,13 @@ def test_a_parameter_that_is_wrong_is_refused_before_a_run_exists(
     assert typed.returncode != 0
     assert sentence in typed.stdout + typed.stderr
     assert len(runs_of_deployment()) == before
+
+
+def test_an_unknown_data_set_is_named_with_what_to_do(stack: Stack) -> None:
+    run = wait_for(trigger("--param", "dataset=fashion"))
+    assert run.state
+    assert run.state.is_failed()
+    assert "datasets/fashion/base/ lacks train-images-idx3-ubyte.gz" in str(run.state.message)
 
 
 def inverted(digits: Digits) -> Digits:
@@ -187,12 +216,14 @@ def test_bad_data_ends_the_run_before_training_and_changes_no_champion(
     monkeypatch.setattr("tasks.snapshot.embedded_sample", lambda: (damage(train_split), test))
     monkeypatch.setattr("flows.train.train_model", lambda *_: pytest.fail("it trained"))
     before = find_champion.fn("digits-cnn")
-    state = train("digits", return_state=True)
+    place = f"{DEFAULT_STORE}/{damage.__name__}"  # where the data set has not begun
+    state = train("digits", store=place, return_state=True)
     assert state.name == "Data rejected"
     assert state.is_failed()
     assert "expected" in str(state.message)
     assert find_champion.fn("digits-cnn") == before
-    summary = Store(DEFAULT_STORE).get(f"runs/{state.state_details.flow_run_id}/summary.json")
+    assert read_base(Store(place), "digits") is None
+    summary = Store(place).get(f"runs/{state.state_details.flow_run_id}/summary.json")
     assert b"Data rejected" in summary
 
 
@@ -223,7 +254,10 @@ def test_the_demo_ends_with_verdict_and_addresses(stack: Stack) -> None:
         "STACK_S3_PORT": str(ports.s3),
     }
     demo = subprocess.run(
-        [sys.executable, "-m", "deployments.demo", "--start", "--param", "dataset=auto"],
+        [
+            *(sys.executable, "-m", "deployments.demo", "--start"),
+            *("--param", "dataset=auto", "--param", "force=true"),
+        ],
         cwd=PROJECT,
         env=os.environ | settings,
         capture_output=True,

@@ -66,7 +66,7 @@ def process_of(run_id: UUID) -> psutil.Process:
 def begin_and_signal(number: int) -> tuple[UUID, int]:
     """Start a long training, send a signal once it has kept checkpoints; return run and step."""
     out = prefect(
-        "deployment", "run", "train/weekly", "--param", "dataset=digits",
+        "deployment", "run", "train/weekly", "--param", "dataset=digits", "--param", "force=true",
         "--param", f"training={CONFIG.model_dump_json(exclude_unset=True)}",
     )  # fmt: skip
     (word,) = re.findall(r"UUID: (\S+)", out)
