@@ -201,7 +201,8 @@ class Scored:
     right: Outcomes
     factors: Mapping[str, Outcomes]
     data_until: datetime | None
-    """When the newest of its training data arrived; None if that is not known."""
+    """When the newest batch that it was trained on was accepted; None without any: the base data
+    set alone, which is older than whatever arrived since."""
     shifted_prior_accuracy: float | None
     calibration_error: float | None
     error_confidence: float | None
@@ -529,18 +530,19 @@ def _superiority(overall: Comparison, level: float) -> Check:
 
 def _newer(candidate: Scored, champion: Scored) -> Check:
     ours, theirs = candidate.data_until, champion.data_until
-    days = (ours - theirs).total_seconds() / 86400 if ours and theirs else None
-    if days is None:
-        sentence = "it is not known whether the candidate was trained on newer data"
+    newer = ours is not None and (theirs is None or ours > theirs)
+    if not ours and not theirs:
+        sentence = "both were trained on the base data set alone"
     else:
-        verb = "was" if days > 0 else "was not"
-        sentence = f"the champion {verb} trained on older data: until {theirs}, candidate {ours}"
+        verb = "was" if newer else "was not"
+        there, here = (f"until {at}" if at else "without any batch" for at in (theirs, ours))
+        sentence = f"the champion {verb} trained on older data: {there}, candidate {here}"
     return Check(
-        name="newer training data, days",
+        name="newer training data",
         kind="benefit",
-        observed=days,
-        threshold=0,
-        passed=days is not None and days > 0,
+        observed=float(newer),
+        threshold=1,
+        passed=newer,
         sentence=sentence,
     )
 

@@ -1,7 +1,6 @@
 """Measure candidate and champion afresh on the same test images, clean and corrupted."""
 
 import io
-import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from mnist_cnn.digits import Digits
 from mnist_cnn.evaluation import Evaluation, Outcomes, evaluate, measure_all, predict
 from mnist_cnn.statistics import measure_shift
 from tasks.records import ModelVersion, Snapshot
-from tasks.storage import Store, read_split, worth_another_try
+from tasks.storage import Store, read_snapshot, read_split, worth_another_try
 
 if TYPE_CHECKING:
     from torch import nn
@@ -104,12 +103,7 @@ def try_version(version: ModelVersion, store: str) -> float:
 
     network, _ = load_model(version.model)
     dataset = version.name.removesuffix("-cnn")
-    place = Store(store)
-    manifest = place.get(f"datasets/{dataset}/snapshots/{version.snapshot}.json")
-    test = read_split(
-        Snapshot(**json.loads(manifest) | {"store": place.address, "digest": version.snapshot}),
-        "test",
-    )
+    test = read_split(read_snapshot(Store(store), dataset, version.snapshot), "test")
     accuracy = float((predict(network, test.images).argmax(1) == test.labels).mean())
     tags = MlflowClient().get_model_version(version.name, version.version).tags
     expected = float(tags["accuracy"])

@@ -52,7 +52,9 @@ def check_decisions(
     addresses = {name: f"planted: {name}" for name in networks}
     measured, _ = evaluate_networks(networks, addresses, snapshot)
     split = test.digest()
-    scored = {name: score(found, store, test, split) for name, found in measured.items()}
+    scored = {
+        name: score(found, store, test, split, snapshot.until) for name, found in measured.items()
+    }
     itself = decide(scored["champion"], None, policy, ReuseHistory(split))
     results = [
         GateResult(

@@ -1,5 +1,6 @@
 """What tasks hand each other: small, addressable values that survive a crash; never arrays."""
 
+from datetime import datetime
 from typing import Literal
 
 from pydantic import BaseModel
@@ -27,6 +28,8 @@ class Snapshot(BaseModel, frozen=True):
     train: list[Shard]
     test: list[Shard]
     parent: str | None = None
+    until: datetime | None = None
+    """When the newest batch in it was accepted; None for a base data set without batches."""
 
     @property
     def address(self) -> str:

@@ -233,6 +233,19 @@ def write_snapshot(
     return snapshot
 
 
+def read_snapshot(store: Store, dataset: str, digest: str) -> Snapshot:
+    """Read a manifest; FileNotFoundError if there is none, ValueError if it was changed."""
+    name = f"datasets/{dataset}/snapshots/{digest}.json"
+    content = store.get(name)
+    found = hashlib.sha256(content).hexdigest()
+    if found != digest:
+        raise ValueError(
+            f"{store.address_of(name)} has the digest {found}; it was changed after it was "
+            "written: restore it from a backup"
+        )
+    return Snapshot(**json.loads(content) | {"store": store.address, "digest": digest})
+
+
 def read_split(snapshot: Snapshot, split: Split) -> Digits:
     """Read one split into memory; ValueError if a shard no longer holds what its name says."""
     import pyarrow.parquet as pq  # noqa: PLC0415

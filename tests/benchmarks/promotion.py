@@ -37,7 +37,7 @@ CONDITIONS = ("clean", "noise", "blur")
 POLICY = PromotionPolicy(factor_floors=dict.fromkeys(CONDITIONS[1:], 0.9))
 RECIPES = {
     "same recipe, other seeds": [TrainingConfig(seed=seed) for seed in range(14)],
-    "damaged recipe, one epoch of three": [
+    "damaged recipe, one epoch of four": [
         TrainingConfig(seed=seed, epochs=1) for seed in range(100, 104)
     ],
 }
