@@ -6,6 +6,8 @@ lie under a prefix that is removed.
 """
 
 import tempfile
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +68,9 @@ def check_decisions(
         )
     ]
     for fault in faults:
-        decision = decide(scored[fault.name], scored["champion"], policy, ReuseHistory(split))
+        until = datetime.now(UTC) if fault.newer else snapshot.until
+        planted = replace(scored[fault.name], data_until=until)
+        decision = decide(planted, scored["champion"], policy, ReuseHistory(split))
         results.append(_judge(fault.name, fault.refused_by, decision))
     return results
 
