@@ -11,17 +11,19 @@ A verdict needs four things, in this order.
    candidate: at least as many images are right overall, and these images alone, had they never
    decided before, refute a loss beyond the margin.
 
-A person may approve whatever is offered. The first condition of step 4 makes that harmless: nothing
-is offered that the rule "promote if accuracy is at least as high" would not promote as well, so
-that the accuracy seen on a test split cannot step down from approval to approval. That descent,
-each candidate a little worse than the one before and within its margin, is the bio-creep of
-non-inferiority trials (Everson-Stewart and Emerson 2010, doi:10.1002/sim.4053). A proof on newer
-data may take such a step, but not for long: by the levels below, no proof within 0.1 points is left
-without a gain from the 33rd decision on 10,000 images. The second
-condition bounds what a single offer can do, since accuracies that are as high by luck are the
-likelier, the more two models differ: of the candidates that are truly worse by the margin, a share
-of at most alpha is offered. That is the error per comparison, and the correction for reuse below is
-what stands between it and a promotion that nobody has to look at.
+A person may approve whatever is offered, and does then no worse than the rule "promote if accuracy
+is at least as high", which would promote each of these as well:
+
+- The first condition of step 4 keeps the accuracy that a test split shows from stepping down from
+  approval to approval. That descent, each candidate a little worse than the one before and within
+  its margin, is the bio-creep of non-inferiority trials (Everson-Stewart and Emerson 2010,
+  doi:10.1002/sim.4053). A proof on newer data may take such a step, but not for long: by the levels
+  below, the 33rd decision on 10,000 images and those after it prove nothing within 0.1 points
+  unless a gain is seen.
+- The second bounds a single offer. The more two models differ, the likelier the worse one looks
+  as good by luck; of the candidates that are truly worse by the margin, a share of at most alpha is
+  offered. That is the error per comparison: what it takes beyond that to promote without asking is
+  the correction for reuse.
 
 Which comparisons need a correction for multiplicity:
 
