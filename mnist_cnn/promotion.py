@@ -11,8 +11,8 @@ A verdict needs four things, in this order.
    candidate: at least as many images are right overall, and these images alone, had they never
    decided before, refute a loss beyond the margin.
 
-A person may approve whatever is offered, and does then no worse than the rule "promote if accuracy
-is at least as high", which would promote each of these as well:
+A person may approve whatever is offered: the rule "promote if accuracy is at least as high" would
+have promoted each of these as well.
 
 - The first condition of step 4 keeps the accuracy that a test split shows from stepping down from
   approval to approval. That descent, each candidate a little worse than the one before and within
