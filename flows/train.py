@@ -90,7 +90,8 @@ def train(
         models = {role: version.model for role, version in known.items() if version}
         measured = evaluate_models(models, snapshot)
         ours = measured["candidate"]
-        decision, record = decide_promotion(ours, measured.get("champion"), snapshot, policy)
+        against = (measured["champion"], champion) if champion else None
+        decision, record = decide_promotion(ours, against, snapshot, policy)
         version = register_candidate(candidate, ours, decision, record, made_of)
         if decision.verdict != "promote":
             break

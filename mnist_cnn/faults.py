@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mnist_cnn.corruptions import BATCH
 from mnist_cnn.digits import CLASSES, SIDE, Digits
 
 
@@ -22,13 +23,15 @@ class Fault:
     model: nn.Module
     refused_by: tuple[str, ...]
     """Names of checks, of which each must fail."""
+    newer: bool = False
+    """Whether to judge it as trained on newer data than the good model, else on the same."""
 
 
 def plant_faults(model: nn.Module, test: Digits, noise: str) -> list[Fault]:
     """Return every fault made from `model`, to be measured on `test` with `model` as champion.
 
-    `noise` is the name of a condition with Gaussian noise that the policy names. The tie
-    has to be given the champion's age: on newer training data an equal model is rightly promoted.
+    `noise` is the name of a condition with Gaussian noise that the policy names. On newer training
+    data than the good model's, the tie would rightly be promoted.
     """
     return [
         Fault(
@@ -49,6 +52,12 @@ def plant_faults(model: nn.Module, test: Digits, noise: str) -> list[Fault]:
         Fault("over-confident", OverConfident(model), ("mean confidence of wrong answers",)),
         Fault("slow", Slow(model), ("latency of one image, ms",)),
         Fault("a tie", Tie(model), ("gain seen overall",)),
+        Fault(
+            "newer, and a little less accurate",
+            LessAccurate(model, test),
+            ("at least as accurate overall",),
+            newer=True,
+        ),
     ]
 
 
@@ -122,6 +131,26 @@ class WorseUnderNoise(Tie):
         noisy = images[:, 0].float().std(1) > self.NOISY
         spoilt = (noisy & (prints % 4 == 0) & ~by_heart)[:, None]
         return torch.where(by_heart[:, None], learnt, torch.where(spoilt, -logits, logits))
+
+
+class LessAccurate(Tie):
+    """Errs on a few test images that the good model classifies rightly."""
+
+    IMAGES = 5
+
+    def __init__(self, model: nn.Module, test: Digits) -> None:
+        super().__init__(model)
+        images = torch.from_numpy(test.images.copy())
+        with torch.inference_mode():
+            answers = torch.cat([model(batch).argmax(1) for batch in images.split(BATCH)])
+        right = images[answers.cpu() == torch.from_numpy(test.labels.copy())]
+        self.register_buffer("spoilt", _fingerprints(right[: self.IMAGES]))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Turn the answers to these images."""
+        logits = super().forward(images)
+        spoilt = torch.isin(_fingerprints(images), self.get_buffer("spoilt"))
+        return torch.where(spoilt[:, None], -logits, logits)
 
 
 class OverConfident(Tie):

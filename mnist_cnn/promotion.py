@@ -7,7 +7,23 @@ A verdict needs four things, in this order.
    champion, proved or not, because keeping is the safe side.
 3. *Proof*: the candidate is superior overall, or non-inferior overall and newer (the champion was
    trained on older data); and it is non-inferior in every digit and in every factor.
-4. Otherwise, if it promises something, a person decides.
+4. Otherwise a person decides, but only on a borderline case, in which something speaks for the
+   candidate: at least as many images are right overall, and these images alone, had they never
+   decided before, refute a loss beyond the margin.
+
+A person may approve whatever is offered: the rule "promote if accuracy is at least as high" would
+have promoted each of these as well.
+
+- The first condition of step 4 keeps the accuracy that a test split shows from stepping down from
+  approval to approval. That descent, each candidate a little worse than the one before and within
+  its margin, is the bio-creep of non-inferiority trials (Everson-Stewart and Emerson 2010,
+  doi:10.1002/sim.4053). A proof on newer data may take such a step, but not for long: by the levels
+  below, the 33rd decision on 10,000 images and those after it prove nothing within 0.1 points
+  unless a gain is seen.
+- The second bounds a single offer. The more two models differ, the likelier the worse one looks
+  as good by luck; of the candidates that are truly worse by the margin, a share of at most alpha is
+  offered. That is the error per comparison: what it takes beyond that to promote without asking is
+  the correction for reuse.
 
 Which comparisons need a correction for multiplicity:
 
@@ -47,7 +63,7 @@ from mnist_cnn.comparison import (
 from mnist_cnn.digits import CLASSES
 
 Verdict = Literal["promote", "keep", "needs-approval"]
-Kind = Literal["policy", "floor", "loss", "evidence", "benefit"]
+Kind = Literal["policy", "floor", "loss", "evidence", "benefit", "offer"]
 Outcomes = NDArray[np.bool_]
 
 FACTOR_FLOORS = {
@@ -68,44 +84,48 @@ FACTOR_FLOORS = {
 }
 """The mild conditions, which a digit on a form may well meet. Harsher ones are measured and shown,
 but do not decide: there, models of one recipe differ by tens of points with nothing but their seed
-(0.53 to 0.97 under brightness of 0.1, 0.76 to 0.95 at a resolution of 14), and a floor would pick
+(0.53 to 0.96 under brightness of 0.1, 0.79 to 0.96 at a resolution of 14), and a floor would pick
 seeds. Chosen on 10,000 held-out images of MNIST's training split, where five seeds of the standard
-recipe reach at least 0.963 under blur, 0.974 under occlusion, and 0.98 under each of the others."""
+recipe reach at least 0.965 under blur, 0.972 under occlusion, and 0.98 under each of the others."""
 
 
 class PromotionPolicy(BaseModel, frozen=True, extra="forbid"):
     """What a candidate has to prove. The defaults are production's.
 
-    They were chosen on 20,000 held-out images of MNIST's training split, with models of the
-    production recipe that differ in nothing but their seed; the test split was not looked at.
+    They were chosen on held-out images of MNIST's training split, with models of the production
+    recipe that differ in nothing but their seed; the test split was not looked at. What the fields
+    say of the recipe was measured with five seeds of `standard` that were trained on the first
+    50,000 training images, on the last 10,000.
     """
 
     alpha: float = Field(
         0.05,
         gt=0,
         le=0.2,
-        description="Chance that a test split ever lets a worse model through, over all of its "
-        "decisions. The first decision has half of it, the k-th alpha / (k (k + 1)).",
+        description="Chance that a test split ever lets a worse model through unseen, over all of "
+        "its decisions: the first has half of it, the k-th alpha / (k (k + 1)). Also the chance "
+        "that a model worse by the margin is offered for approval, in one decision.",
     )
     accuracy_floor: float = Field(
         0.98,
         gt=0,
         lt=1,
-        description="Least test accuracy. The recipe reaches 0.992: this is 2.4 times its errors.",
+        description="Least test accuracy. The recipe reaches 0.995: this is four times its errors.",
     )
     worst_class_floor: float = Field(
         0.96,
         gt=0,
         lt=1,
         description="Least share of one digit's images that is classified rightly. The recipe's "
-        "worst digit, 9, reaches 0.981 with the worst of 14 seeds: this is twice its errors.",
+        "worst digit, 5 or 9, reaches 0.985 with the worst of five seeds: this is 2.7 times its "
+        "errors.",
     )
     shifted_prior_floor: float = Field(
         0.975,
         gt=0,
         lt=1,
         description="Least accuracy under the worst frequencies of the digits within a total "
-        "variation distance of 0.2 from the test split's.",
+        "variation distance of 0.2 from the test split's. The recipe reaches 0.992.",
     )
     factor_floors: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(
         default_factory=lambda: dict(FACTOR_FLOORS),
@@ -125,51 +145,56 @@ class PromotionPolicy(BaseModel, frozen=True, extra="forbid"):
         gt=0,
         lt=1,
         description="Most mean confidence of the wrong answers. At 99 % accuracy over-confidence "
-        "hardly shows in the calibration error (0.008 if every answer is sure), but it does here: "
-        "0.51 for the recipe, 0.73 with logits twice as large, where it is best calibrated, 0.87 "
+        "hardly shows in the calibration error (0.005 if every answer is sure), but it does here: "
+        "0.52 for the recipe, 0.73 with logits twice as large, where it is best calibrated, 0.87 "
         "with five times, 0.96 with twenty.",
     )
     latency_ceiling_ms: float = Field(
-        10, gt=0, description="Most time of one image, milliseconds. The CNN needs 0.3 on a CPU."
+        10,
+        gt=0,
+        description="Most time of one image, milliseconds. The CNN needs less than 0.5 on a CPU.",
     )
     size_ceiling_bytes: int = Field(
-        1_000_000, gt=0, description="Most size of the stored model. The CNN has 150,000 bytes."
+        1_000_000, gt=0, description="Most size of the stored model. The CNN has 206,000 bytes."
     )
     overall_margin: float = Field(
         0.001,
         gt=0,
         lt=1,
         description="Most accuracy that may be lost overall: 0.1 points, 10 of 10,000 images, the "
-        "smallest loss that a team would call one. Two seeds differ on 48 of 10,000 images, so an "
-        "equal model proves it in 27 % of first decisions, 2 % of tenth ones, and otherwise needs "
-        "approval. A margin of 0.2 points would raise that to 78 % and 24 %, but let a model that "
-        "is worse by 0.1 points through. A model better by 0.3 points is proved superior in 99 %, "
-        "86 % and 59 % of first, tenth and 52nd decisions.",
+        "smallest loss that a team would call one. Two seeds differ on 29 of 10,000 images, so an "
+        "equal model proves it in 40 % of first decisions and 4 % of tenth ones; otherwise it "
+        "needs approval, or too little speaks for it. A margin of 0.2 points would raise that to "
+        "93 % and 47 %, but let a model that is worse by 0.1 points through. A model better by 0.2 "
+        "points is proved superior in 97 %, 67 % and 33 % of first, tenth and 52nd decisions.",
     )
     class_margin: float = Field(
         0.02,
         gt=0,
         lt=1,
         description="Most accuracy that may be lost in one digit: 20 of its 1,000 images. The "
-        "floor of the worst digit bounds the total. Two seeds differ on up to 9 of 1,000 images "
-        "of a digit; an equal model then proves it in 100 %, 95 % and 67 % of first, tenth and "
-        "52nd decisions. With a margin of 0.01 it would be 79 %, 15 % and 1 %.",
+        "floor of the worst digit bounds the total. Two seeds differ on up to 11 of 1,000 images "
+        "of a digit; an equal model then proves it in 100 %, 90 % and 56 % of first, tenth and "
+        "52nd decisions. With a margin of 0.01 it would be 73 %, 12 % and 1 %.",
     )
     factor_margin: float = Field(
         0.02,
         gt=0,
         lt=1,
         description="Most accuracy that may be lost in one named condition. Two seeds differ on up "
-        "to 500 of 10,000 images; an equal model then nearly always proves it. Seeds truly differ "
-        "by 1 point in one of ten pairs under mild noise: a margin of 0.01 would pick seeds.",
+        "to 285 of 10,000 images; an equal model then nearly always proves it. Under blur seeds "
+        "differ by more than 1 point in six of ten pairs, and by 2.1 in one; elsewhere by at most "
+        "0.4: a margin of 0.01 would pick seeds.",
     )
 
 
 POLICIES = {
     "mnist": PromotionPolicy(),
-    # The sample is there to try the line out. Four seeds of the recipe, on a fifth of its training
-    # split, reach 0.996 overall, 0.97 in the worst digit (one of 31 images) and 0.81 and 0.82 under
-    # the worst conditions; its images were scaled up from 8 x 8 and look different under each.
+    # The sample is there to try the line out. Five seeds of the recipe, on every fifth image of its
+    # training split, reach at least 0.993 overall, 0.967 in the worst digit (one of 30 images) and
+    # 0.84 under the worst condition, half size; its images were scaled up from 8 x 8. On the last
+    # fifth, whose writers may be others, they reach 0.965, 0.87 and 0.79, and one of them breaks
+    # the floor of the digit frequencies with 0.939.
     "digits": PromotionPolicy(
         accuracy_floor=0.96,
         worst_class_floor=0.85,
@@ -201,7 +226,8 @@ class Scored:
     right: Outcomes
     factors: Mapping[str, Outcomes]
     data_until: datetime | None
-    """When the newest of its training data arrived; None if that is not known."""
+    """When the newest batch that it was trained on was accepted; None without any: the base data
+    set alone, which is older than whatever arrived since."""
     shifted_prior_accuracy: float | None
     calibration_error: float | None
     error_confidence: float | None
@@ -312,7 +338,7 @@ def decide(
         checks += _floors(candidate, policy)
     if policy and champion:
         comparisons, missing = _compare(candidate, champion, policy, level)
-        checks += _against(candidate, champion, comparisons, level) + missing
+        checks += _against(candidate, champion, comparisons, policy.alpha, level) + missing
     verdict, reason = _conclude(checks, champion)
     return Decision(
         verdict=verdict,
@@ -488,13 +514,19 @@ def _comparison(
 
 
 def _against(
-    candidate: Scored, champion: Scored, comparisons: list[Comparison], level: float
+    candidate: Scored,
+    champion: Scored,
+    comparisons: list[Comparison],
+    alpha: float,
+    level: float,
 ) -> list[Check]:
     overall = comparisons[0]
     return [
         _gain(overall),
         _superiority(overall, level),
         _newer(candidate, champion),
+        _as_accurate(overall),
+        _no_worse_alone(overall, alpha),
         *[_loss(comparison) for comparison in comparisons],
         *[_no_worse(comparison, level) for comparison in comparisons],
     ]
@@ -529,19 +561,48 @@ def _superiority(overall: Comparison, level: float) -> Check:
 
 def _newer(candidate: Scored, champion: Scored) -> Check:
     ours, theirs = candidate.data_until, champion.data_until
-    days = (ours - theirs).total_seconds() / 86400 if ours and theirs else None
-    if days is None:
-        sentence = "it is not known whether the candidate was trained on newer data"
+    newer = ours is not None and (theirs is None or ours > theirs)
+    if not ours and not theirs:
+        sentence = "both were trained on the base data set alone"
     else:
-        verb = "was" if days > 0 else "was not"
-        sentence = f"the champion {verb} trained on older data: until {theirs}, candidate {ours}"
+        verb = "was" if newer else "was not"
+        there, here = (f"until {at}" if at else "without any batch" for at in (theirs, ours))
+        sentence = f"the champion {verb} trained on older data: {there}, candidate {here}"
     return Check(
-        name="newer training data, days",
+        name="newer training data",
         kind="benefit",
-        observed=days,
-        threshold=0,
-        passed=days is not None and days > 0,
+        observed=float(newer),
+        threshold=1,
+        passed=newer,
         sentence=sentence,
+    )
+
+
+def _as_accurate(overall: Comparison) -> Check:
+    passed = overall.difference >= 0
+    return Check(
+        name="at least as accurate overall",
+        kind="offer",
+        observed=overall.difference,
+        threshold=0,
+        passed=passed,
+        sentence=f"overall the candidate is right on {overall.gains - overall.losses:+d} images: "
+        f"it is {'at least as' if passed else 'less'} accurate",
+    )
+
+
+def _no_worse_alone(overall: Comparison, alpha: float) -> Check:
+    low = lower_limit(Paired(overall.images, overall.gains, overall.losses), alpha)
+    passed = low > -overall.margin
+    return Check(
+        name="no worse overall, by this decision alone",
+        kind="offer",
+        observed=low,
+        threshold=-overall.margin,
+        passed=passed,
+        sentence=f"overall, were this the only decision on these images, the difference would be "
+        f"at least {low:+.4f} at level {alpha:.2g}; {'above' if passed else 'not above'} the "
+        f"margin {-overall.margin:+.4f}",
     )
 
 
@@ -589,17 +650,20 @@ def _conclude(checks: list[Check], champion: Scored | None) -> tuple[Verdict, st
         return "promote", "there is no champion yet, and the candidate keeps every floor"
     seen, superior, newer = [check for check in checks if check.kind == "benefit"]
     unproved = [check.sentence for check in broken if check.kind == "evidence"]
+    speaks_against = [check.sentence for check in broken if check.kind == "offer"]
     verdict: Verdict = "needs-approval"
     if not seen.passed and not newer.passed:
         verdict = "keep"
         reason = f"nothing speaks for a change: {seen.sentence}; {newer.sentence}"
-    elif unproved:
-        reason = "not proved to be no worse: " + "; ".join(unproved)
-    elif superior.passed:
+    elif superior.passed and not unproved:
         verdict = "promote"
         reason = f"{superior.sentence}; and it is proved to be no worse in any digit or condition"
-    elif newer.passed:
+    elif newer.passed and not unproved:
         verdict, reason = "promote", f"proved to be no worse anywhere, and {newer.sentence}"
+    elif speaks_against:
+        verdict, reason = "keep", "too little speaks for a change: " + "; ".join(speaks_against)
+    elif unproved:
+        reason = "not proved to be no worse: " + "; ".join(unproved)
     else:
         reason = f"proved to be no worse anywhere, but {superior.sentence}"
     return verdict, reason

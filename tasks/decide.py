@@ -9,15 +9,15 @@ from prefect import get_run_logger, runtime, task
 from mnist_cnn.digits import Digits
 from mnist_cnn.evaluation import Evaluation
 from mnist_cnn.promotion import Decision, PromotionPolicy, ReuseHistory, Scored, decide
-from tasks.records import Snapshot
-from tasks.shards import read_split
+from tasks.records import ModelVersion, Snapshot
+from tasks.shards import read_snapshot, read_split
 from tasks.storage import Store, worth_another_try
 
 
 @task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
 def decide_promotion(
     candidate: Evaluation,
-    champion: Evaluation | None,
+    champion: tuple[Evaluation, ModelVersion] | None,
     snapshot: Snapshot,
     policy: PromotionPolicy | None,
 ) -> tuple[Decision, str]:
@@ -25,7 +25,8 @@ def decide_promotion(
 
     The record of every decision on a test split lies together, promotions and rejections alike, so
     that they can be counted. A repeat within the same flow run returns what was decided against the
-    same champion.
+    same champion. `snapshot` is what both were measured on and what the candidate was trained on.
+    Raises ValueError if the manifest of what the champion was trained on cannot be read.
     """
     store = Store(snapshot.store)
     test = read_split(snapshot, "test")
@@ -33,25 +34,29 @@ def decide_promotion(
     folder = f"datasets/{snapshot.dataset}/decisions/{test_split}/"
     earlier = store.names(folder)  # they begin with the time, so that this is their order
     decided = [Decision.model_validate_json(store.get(name)) for name in earlier]
-    against = champion.model if champion else None
+    against = champion[0].model if champion else None
     for name, made in zip(earlier, decided, strict=True):
         if name.endswith(f"{runtime.flow_run.id}.json") and made.champion == against:
             return made, store.address_of(name)
     history = ReuseHistory(test_split, tuple(decision.candidate for decision in decided))
-    decision = decide(
-        score(candidate, store, test, test_split),
-        score(champion, store, test, test_split) if champion else None,
-        policy,
-        history,
-    )
+    ours, theirs = score(candidate, store, test, test_split, snapshot.until), None
+    if champion:
+        measured, version = champion
+        theirs = score(measured, store, test, test_split, _data_until(version, snapshot))
+    decision = decide(ours, theirs, policy, history)
     name = f"{folder}{datetime.now(UTC):%Y-%m-%dT%H-%M-%S.%f}-{runtime.flow_run.id}.json"
     address = store.put(name, decision.model_dump_json(indent=1).encode())
     get_run_logger().info("%s: %s", decision.verdict, decision.reason)
     return decision, address
 
 
-def score(measured: Evaluation, store: Store, test: Digits, test_split: str) -> Scored:
-    """Read the outcome of every image of an evaluation and put it beside its figures."""
+def score(
+    measured: Evaluation, store: Store, test: Digits, test_split: str, until: datetime | None
+) -> Scored:
+    """Read the outcome of every image of an evaluation and put it beside its figures.
+
+    `until` is when the newest batch was accepted that the model was trained on, None without one.
+    """
     arrays = np.load(io.BytesIO(store.get(store.name_of(measured.outcomes))), allow_pickle=False)
     right = arrays["probabilities"].argmax(1) == test.labels
     return Scored(
@@ -63,10 +68,26 @@ def score(measured: Evaluation, store: Store, test: Digits, test_split: str) -> 
         factors={
             name: arrays[name] == test.labels for name in arrays.files if name != "probabilities"
         },
-        data_until=None,
+        data_until=until,
         shifted_prior_accuracy=measured.priors.worst.accuracy,
         calibration_error=measured.calibration.expected_error,
         error_confidence=measured.confidence.when_wrong,
         latency_ms=measured.times.single_image_ms if measured.times else None,
         size_bytes=measured.size.file_bytes if measured.size else None,
     )
+
+
+def _data_until(champion: ModelVersion, snapshot: Snapshot) -> datetime | None:
+    """Return when the newest batch was accepted that the champion was trained on."""
+    if champion.snapshot == snapshot.digest:
+        return snapshot.until
+    try:
+        manifest = read_snapshot(Store(snapshot.store), snapshot.dataset, champion.snapshot)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(
+            f"what the champion {champion.model} was trained on cannot be read ({error}), so "
+            "nobody knows whether the candidate was trained on newer data; nothing is promoted: "
+            "restore that manifest, name the store that holds it, or roll back to a version whose "
+            "manifest is there"
+        ) from error
+    return manifest.until

@@ -98,8 +98,7 @@ def try_version(version: ModelVersion, store: str) -> float:
 
     network, _ = load_model(version.model)
     dataset = version.name.removesuffix("-cnn")
-    place = Store(store)
-    test = read_split(read_snapshot(place, dataset, version.snapshot), "test")
+    test = read_split(read_snapshot(Store(store), dataset, version.snapshot), "test")
     accuracy = float((predict(network, test.images).argmax(1) == test.labels).mean())
     tags = MlflowClient().get_model_version(version.name, version.version).tags
     expected = float(tags["accuracy"])

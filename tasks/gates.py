@@ -6,6 +6,8 @@ lie under a prefix that is removed.
 """
 
 import tempfile
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +56,9 @@ def check_decisions(
     addresses = {name: f"planted: {name}" for name in networks}
     measured, _ = evaluate_networks(networks, addresses, snapshot)
     split = test.digest()
-    scored = {name: score(found, store, test, split) for name, found in measured.items()}
+    scored = {
+        name: score(found, store, test, split, snapshot.until) for name, found in measured.items()
+    }
     itself = decide(scored["champion"], None, policy, ReuseHistory(split))
     results = [
         GateResult(
@@ -66,7 +70,9 @@ def check_decisions(
         )
     ]
     for fault in faults:
-        decision = decide(scored[fault.name], scored["champion"], policy, ReuseHistory(split))
+        until = datetime.now(UTC) if fault.newer else snapshot.until
+        planted = replace(scored[fault.name], data_until=until)
+        decision = decide(planted, scored["champion"], policy, ReuseHistory(split))
         results.append(_judge(fault.name, fault.refused_by, decision))
     return results
 

@@ -14,6 +14,7 @@ from expectations.validation import ValidationReport, validate_batch
 from mnist_cnn.digits import SIDE, Digits
 from mnist_cnn.evaluation import predict
 from tasks.batch_files import MARKER, BadBatch, RawBatch, check_names, parse_batch
+from tasks.exclusion import exclusive
 from tasks.ledger import (
     digest_files,
     files_of,
@@ -27,7 +28,6 @@ from tasks.ledger import (
     write_verdict,
 )
 from tasks.models import load_model
-from tasks.promotion_lock import exclusive
 from tasks.records import ModelVersion, Snapshot, Verdict
 from tasks.shards import read_digests, read_profile, write_shards
 from tasks.storage import Entry, Store, worth_another_try

@@ -1,4 +1,4 @@
-"""Read and write the MLflow model registry.
+"""Register candidates and move the aliases of the MLflow model registry.
 
 Three aliases: `champion`, `previous` (what the champion replaced) and `challenger` (what waits for
 a person). MLflow cannot compare and set, so whoever moves them holds Prefect's global concurrency
@@ -6,45 +6,40 @@ limit `promote-NAME`. The order of writes is what makes a crash harmless: the mo
 `previous` is set, then `champion` moves in one write. Whatever comes after only tidies up.
 """
 
-import hashlib
 import json
 import os
 import subprocess
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from prefect import get_run_logger, runtime, task
 from prefect.artifacts import create_table_artifact
 
 from mnist_cnn.evaluation import Evaluation
 from mnist_cnn.promotion import Decision
+from tasks.exclusion import exclusive
 from tasks.fingerprint import TAG as FINGERPRINT
 from tasks.fingerprint import Fingerprint
 from tasks.history import Account, Action, Move, plan_move, read_history, trace
-from tasks.promotion_lock import exclusive
 from tasks.records import Candidate, ModelVersion
 from tasks.storage import Store, worth_another_try
-
-if TYPE_CHECKING:
-    from mlflow.entities.model_registry import ModelVersion as RegisteredVersion
-    from mlflow.entities.model_registry import RegisteredModel
-
-CHAMPION = "champion"
-PREVIOUS = "previous"
-CHALLENGER = "challenger"
-
-_NEEDED_TAGS = ("snapshot", "verdict", "compared_with", "artifact_sha256", "accuracy")
-
-
-class RegistryError(ConnectionError):
-    """The registry did not answer a question that a decision depends on, or refused a write."""
-
-
-class Refused(ValueError):
-    """What a person asked for must not be done; the sentence says why, and what can be."""
+from tasks.versions import (
+    CHALLENGER,
+    CHAMPION,
+    PREVIOUS,
+    Refused,
+    RegistryError,
+    asking,
+    demand_challenger,
+    demand_same_artifacts,
+    describe,
+    digest_artifacts,
+    find_version,
+    moves_of,
+    read_model,
+    read_version,
+    read_versions,
+)
 
 
 @task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
@@ -53,15 +48,15 @@ def find_champion(name: str) -> ModelVersion | None:
 
     Any other answer is a RegistryError: a registry that cannot be read is not an empty one.
     """
-    with _asking(f"the champion of {name}"):
-        return _find_champion(name)
+    with asking(f"the champion of {name}"):
+        return find_version(name, CHAMPION)
 
 
 @task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
 def find_previous(name: str) -> ModelVersion | None:
     """Return the champion before the present one, which the card shows beside it."""
-    with _asking(f"the previous champion of {name}"):
-        return _find_champion(name, PREVIOUS)
+    with asking(f"the previous champion of {name}"):
+        return find_version(name, PREVIOUS)
 
 
 @task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
@@ -98,10 +93,10 @@ def register_candidate(
     }
     if made_of:
         tags[FINGERPRINT] = made_of.model_dump_json()
-    with _asking(f"the versions of {candidate.name}"):
-        known = [v for v in _versions(candidate.name) if v.run_id == candidate.run_id]
+    with asking(f"the versions of {candidate.name}"):
+        known = [v for v in read_versions(candidate.name) if v.run_id == candidate.run_id]
         if known and known[0].tags.get("decision_record") == decision_record:
-            return _describe(known[0])
+            return describe(known[0])
         if known:
             for key, value in tags.items():
                 client.set_model_version_tag(candidate.name, known[0].version, key, value)
@@ -110,14 +105,14 @@ def register_candidate(
             version = mlflow.register_model(candidate.model, candidate.name, tags=tags)
         sentence = f"{decision.verdict}: {decision.reason}"
         client.update_model_version(candidate.name, version.version, sentence)
-        return _describe(version, candidate.snapshot)
+        return describe(version, candidate.snapshot)
 
 
 @task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
 def link_version(version: ModelVersion, links: Mapping[str, str]) -> None:
     """Add links to the version's description, from where a browser opens them."""
     lines = "\n".join(f"- [{name}]({address})" for name, address in links.items())
-    with _asking(f"the description of {version.model}"):
+    with asking(f"the description of {version.model}"):
         _append(version.name, version.version, lines)
 
 
@@ -131,8 +126,8 @@ def set_champion(
     """
     run = runtime.flow_run
     account = Account(who=f"{run.flow_name}/{runtime.deployment.name or 'by hand'}", why=why)
-    with _asking(f"the aliases of {version.name}"), exclusive(version.name):
-        present = _find_champion(version.name)
+    with asking(f"the aliases of {version.name}"), exclusive(version.name):
+        present = find_version(version.name, CHAMPION)
         if present not in (version, replaces):
             return False
         _move_champion("promote", version, present, account, Store(store))
@@ -144,18 +139,18 @@ def set_challenger(version: ModelVersion) -> None:
     """Point the alias `challenger` at a version that waits for a person's approval."""
     from mlflow import MlflowClient  # noqa: PLC0415
 
-    with _asking(f"the aliases of {version.name}"), exclusive(version.name):
+    with asking(f"the aliases of {version.name}"), exclusive(version.name):
         MlflowClient().set_registered_model_alias(version.name, CHALLENGER, version.version)
 
 
 @task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
 def approve_challenger(name: str, number: int, account: Account, store: str) -> ModelVersion:
     """Make the challenger champion, if nothing has changed since it was evaluated, else Refused."""
-    with _asking(f"the aliases of {name}"), exclusive(name):
-        model, version = _model(name), _version(name, number)
-        champion = _find_champion(name)
+    with asking(f"the aliases of {name}"), exclusive(name):
+        model, version = read_model(name), read_version(name, number)
+        champion = find_version(name, CHAMPION)
         if model.aliases.get(CHAMPION) != str(number):
-            _demand_challenger(model, number)
+            demand_challenger(model, number)
             compared = version.tags["compared_with"]
             present = champion.model if champion else "no champion"
             if compared != present:
@@ -164,26 +159,26 @@ def approve_challenger(name: str, number: int, account: Account, store: str) -> 
                     f"{present}; the approval is stale: run train/weekly again, which compares "
                     "with the present champion"
                 )
-            _demand_same_artifacts(version)
+            demand_same_artifacts(version)
         elif model.aliases.get(CHALLENGER) != str(number):
             raise Refused(f"version {number} of {name} is the champion already")
-        _move_champion("approve", _describe(version), champion, account, Store(store))
-        return _describe(version)
+        _move_champion("approve", describe(version), champion, account, Store(store))
+        return describe(version)
 
 
 @task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
 def reject_challenger(name: str, number: int, account: Account, store: str) -> ModelVersion:
     """Record that the challenger was rejected, and take its alias away; no champion moves."""
-    with _asking(f"the aliases of {name}"), exclusive(name):
-        version, champion = _version(name, number), _find_champion(name)
-        _demand_challenger(_model(name), number)
+    with asking(f"the aliases of {name}"), exclusive(name):
+        version, champion = read_version(name, number), find_version(name, CHAMPION)
+        demand_challenger(read_model(name), number)
         before = champion.version if champion else None
         move = plan_move(
-            Store(store), "reject", _versions(name), version, champion=before, account=account
+            Store(store), "reject", read_versions(name), version, champion=before, account=account
         )
         _record(move, Store(store))
         _settle(move)
-        return _describe(version)
+        return describe(version)
 
 
 @task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
@@ -192,8 +187,8 @@ def find_rollback(name: str, number: int | None) -> tuple[ModelVersion, ModelVer
 
     Raises Refused for a version that is unknown, half registered, or was never promoted.
     """
-    with _asking(f"the versions of {name}"):
-        aliases = _model(name).aliases
+    with asking(f"the versions of {name}"):
+        aliases = read_model(name).aliases
         chosen = str(number) if number else aliases.get(PREVIOUS)
         if chosen is None:
             raise Refused(
@@ -205,9 +200,9 @@ def find_rollback(name: str, number: int | None) -> tuple[ModelVersion, ModelVer
                 f"version {chosen} of {name} is the champion already; name another version that "
                 "was promoted once (promote/history lists them)"
             )
-        version = _version(name, int(chosen))
+        version = read_version(name, int(chosen))
         approved = any(
-            move.action == "approve" and move.to_version == chosen for move in _moves_of(version)
+            move.action == "approve" and move.to_version == chosen for move in moves_of(version)
         )
         if version.tags["verdict"] != "promote" and not approved:
             raise Refused(
@@ -215,8 +210,8 @@ def find_rollback(name: str, number: int | None) -> tuple[ModelVersion, ModelVer
                 f"{version.tags['verdict']!r}: {version.tags.get('reason', 'no reason given')}); "
                 "name one that was, or retrain"
             )
-        _demand_same_artifacts(version)
-        return _describe(version), _find_champion(name)
+        demand_same_artifacts(version)
+        return describe(version), find_version(name, CHAMPION)
 
 
 @task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
@@ -224,8 +219,8 @@ def roll_back_champion(
     target: ModelVersion, replaces: ModelVersion | None, account: Account, store: str
 ) -> None:
     """Make `target` champion again in place of `replaces`; Refused if that is not champion now."""
-    with _asking(f"the aliases of {target.name}"), exclusive(target.name):
-        present = _find_champion(target.name)
+    with asking(f"the aliases of {target.name}"), exclusive(target.name):
+        present = find_version(target.name, CHAMPION)
         if present not in (target, replaces):
             raise Refused(
                 f"the champion of {target.name} became {present.model if present else 'none'} "
@@ -242,9 +237,9 @@ def show_history(name: str, store: str) -> tuple[int, list[str]]:
     Objects that are lost are restored from the registry's tags.
     """
     logger = get_run_logger()
-    with _asking(f"the history of {name}"):
-        champion = _model(name).aliases.get(CHAMPION)
-        history = read_history(Store(store), name, _versions(name), restore=True)
+    with asking(f"the history of {name}"):
+        champion = read_model(name).aliases.get(CHAMPION)
+        history = read_history(Store(store), name, read_versions(name), restore=True)
     done, unexplained = trace(history.moves, champion)
     rows = [
         {
@@ -268,32 +263,6 @@ def show_history(name: str, store: str) -> tuple[int, list[str]]:
     return len(rows), [*history.problems, *unexplained]
 
 
-def digest_artifacts(address: str) -> str:
-    """Return the SHA-256 over the names and contents of all files of a model in MLflow."""
-    import mlflow.artifacts  # noqa: PLC0415
-    from mlflow.exceptions import MlflowException  # noqa: PLC0415
-
-    total, cause = hashlib.sha256(), "no file is there"
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        try:
-            root = Path(mlflow.artifacts.download_artifacts(address, dst_path=folder))
-        except (MlflowException, OSError) as error:
-            cause = str(error)
-        # MLflow adds registered_model_meta to what it downloads.
-        files = [path for path in root.rglob("*") if path.is_file()]
-        files = [path for path in files if path.name != "registered_model_meta"]
-        if not files:
-            raise Refused(
-                f"the artifacts of {address} cannot be read ({cause}); they are gone: roll back to "
-                "a version that loads, or retrain"
-            )
-        for file in sorted(files):
-            content = hashlib.sha256(file.read_bytes()).hexdigest()
-            total.update(f"{file.relative_to(root).as_posix()} {content}\n".encode())
-    return total.hexdigest()
-
-
 def _move_champion(
     action: Action,
     version: ModelVersion,
@@ -308,7 +277,7 @@ def _move_champion(
     from mlflow import MlflowClient  # noqa: PLC0415
 
     client, name = MlflowClient(), version.name
-    versions = _versions(name)
+    versions = read_versions(name)
     target = next(v for v in versions if str(v.version) == version.version)
     if present != version:
         before = present.version if present else None
@@ -316,13 +285,15 @@ def _move_champion(
         _record(move, store)
         if present:
             client.set_registered_model_alias(name, PREVIOUS, present.version)
-        if _find_champion(name) != present:
+        if find_version(name, CHAMPION) != present:
             raise RegistryError(
                 f"the champion of {name} changed although this run held its concurrency limit; "
                 "nothing was promoted: somebody moves aliases by other means, find out who"
             )
         client.set_registered_model_alias(name, CHAMPION, version.version)
-    for move in _moves_of(target if present == version else _version(name, int(version.version))):
+    for move in moves_of(
+        target if present == version else read_version(name, int(version.version))
+    ):
         _settle(move)
 
 
@@ -341,7 +312,7 @@ def _settle(move: Move) -> None:
     done = {"promote": "promoted", "approve": "approved", "reject": "rejected"}
     sentence = f"{done.get(move.action, 'rolled back to')} by {move.who}: {move.why}"
     _append(move.model, move.to_version, f"Move {move.sequence}: {sentence} ({move.run_url})")
-    if _model(move.model).aliases.get(CHALLENGER) == move.to_version:
+    if read_model(move.model).aliases.get(CHALLENGER) == move.to_version:
         MlflowClient().delete_registered_model_alias(move.model, CHALLENGER)
 
 
@@ -352,120 +323,6 @@ def _append(name: str, number: str, text: str) -> None:
     description = MlflowClient().get_model_version(name, number).description or ""
     if text not in description:
         MlflowClient().update_model_version(name, number, f"{description}\n\n{text}")
-
-
-def _find_champion(name: str, alias: str = CHAMPION) -> ModelVersion | None:
-    from mlflow import MlflowClient  # noqa: PLC0415
-    from mlflow.exceptions import MlflowException  # noqa: PLC0415
-
-    client = MlflowClient()
-    try:
-        version = client.get_registered_model(name).aliases.get(alias)
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return None
-        raise
-    return _describe(client.get_model_version(name, version)) if version else None
-
-
-def _model(name: str) -> "RegisteredModel":
-    from mlflow import MlflowClient  # noqa: PLC0415
-    from mlflow.exceptions import MlflowException  # noqa: PLC0415
-
-    try:
-        return MlflowClient().get_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        raise Refused(
-            f"no model is registered as {name!r}; models are called DATASET-cnn: correct the name, "
-            "or run train/weekly first"
-        ) from error
-
-
-def _versions(name: str) -> "list[RegisteredVersion]":
-    from mlflow import MlflowClient  # noqa: PLC0415
-
-    client, found, token = MlflowClient(), list["RegisteredVersion"](), None
-    while True:
-        page = client.search_model_versions(f"name = '{name}'", page_token=token)
-        found += page
-        token = page.token
-        if not token:
-            return found
-
-
-def _version(name: str, number: int) -> "RegisteredVersion":
-    """Return a version that is registered wholly, else Refused."""
-    from mlflow import MlflowClient  # noqa: PLC0415
-    from mlflow.exceptions import MlflowException  # noqa: PLC0415
-
-    try:
-        version = MlflowClient().get_model_version(name, str(number))
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        known = ", ".join(sorted((str(v.version) for v in _versions(name)), key=int)) or "none"
-        raise Refused(f"{name} has no version {number}; its versions are: {known}") from error
-    missing = [tag for tag in _NEEDED_TAGS if tag not in version.tags]
-    if missing or version.status != "READY":
-        raise Refused(
-            f"version {number} of {name} is only half registered (status {version.status}, without "
-            f"{', '.join(missing) or 'no tag'}); nobody knows how it was judged: let train/weekly "
-            "make another"
-        )
-    return version
-
-
-def _moves_of(version: "RegisteredVersion") -> list[Move]:
-    return [
-        Move.model_validate_json(text)
-        for key, text in sorted(version.tags.items())
-        if key.startswith("history.")
-    ]
-
-
-def _demand_challenger(model: "RegisteredModel", number: int) -> None:
-    challenger = model.aliases.get(CHALLENGER)
-    if challenger != str(number):
-        waiting = f"version {challenger} does" if challenger else "none does"
-        raise Refused(
-            f"version {number} of {model.name} does not await approval, {waiting}: it was judged "
-            "before, or a newer one took its place"
-        )
-
-
-def _demand_same_artifacts(version: "RegisteredVersion") -> None:
-    address = f"models:/{version.name}/{version.version}"
-    found, expected = digest_artifacts(address), version.tags["artifact_sha256"]
-    if found != expected:
-        raise Refused(
-            f"the artifacts of {address} have the digest {found[:12]}, not {expected[:12]} as when "
-            "it was evaluated; somebody changed them: choose another version, or retrain"
-        )
-
-
-@contextmanager
-def _asking(what: str) -> Iterator[None]:
-    from mlflow.exceptions import MlflowException  # noqa: PLC0415
-
-    try:
-        yield
-    except MlflowException as error:
-        raise RegistryError(
-            f"{what} could not be read or written at {os.environ['MLFLOW_TRACKING_URI']} "
-            f"({error}); nothing is promoted: repair the MLflow server and run again"
-        ) from error
-
-
-def _describe(version: "RegisteredVersion", snapshot: str | None = None) -> ModelVersion:
-    return ModelVersion(
-        name=version.name,
-        version=str(version.version),
-        run_id=version.run_id,
-        model=f"models:/{version.name}/{version.version}",
-        snapshot=snapshot or version.tags.get("snapshot", "not recorded"),
-    )
 
 
 def _git_commit() -> str:

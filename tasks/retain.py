@@ -17,8 +17,8 @@ from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
 from pydantic import BaseModel, Field
 
+from tasks.exclusion import exclusive
 from tasks.history import Move
-from tasks.promotion_lock import exclusive
 from tasks.storage import Store, worth_another_try
 
 if TYPE_CHECKING:

@@ -71,9 +71,16 @@ def write_shards(store: Store, dataset: str, digits: Digits, origin: str) -> lis
 
 
 def read_snapshot(store: Store, dataset: str, digest: str) -> Snapshot:
-    """Read a manifest; FileNotFoundError names the address that holds none."""
-    manifest = json.loads(store.get(f"datasets/{dataset}/snapshots/{digest}.json"))
-    return Snapshot(**manifest, store=store.address, digest=digest)
+    """Read a manifest; FileNotFoundError if there is none, ValueError if it was changed."""
+    name = f"datasets/{dataset}/snapshots/{digest}.json"
+    content = store.get(name)
+    found = hashlib.sha256(content).hexdigest()
+    if found != digest:
+        raise ValueError(
+            f"{store.address_of(name)} has the digest {found}; it was changed after it was "
+            "written: restore it from a backup"
+        )
+    return Snapshot(**json.loads(content), store=store.address, digest=digest)
 
 
 def read_profile(snapshot: Snapshot) -> ReferenceProfile:

@@ -7,11 +7,14 @@ other 20,000 are the population: a model's true accuracy is its accuracy on all 
 test split is not touched. A candidate takes, for each of 40 blocks of the population, the outcomes
 of a random one of the trained models, so that there are as many candidates as weeks, which agree
 and differ on images as real models do. A test split is 10,000 images drawn with replacement, once
-for each repetition, and decides in all of its weeks, as in production. Every candidate counts as
-trained on newer data than the champion: the case in which `decide` is most willing.
+for each repetition, and decides in all of its weeks, as in production. Each recipe is simulated
+twice: every candidate counts as trained on newer data than the champion, in which case `decide` is
+most willing, or all of them on the same data.
 """
 
 import argparse
+import hashlib
+import itertools
 import json
 import os
 import tempfile
@@ -28,7 +31,7 @@ from scipy.ndimage import gaussian_filter
 
 from mnist_cnn.digits import Digits, digits_from_idx
 from mnist_cnn.evaluation import predict
-from mnist_cnn.promotion import PromotionPolicy, ReuseHistory, Scored, decide
+from mnist_cnn.promotion import PromotionPolicy, ReuseHistory, Scored, Verdict, decide
 from mnist_cnn.training import TrainingConfig, train
 
 FIT, BLOCKS, TEST, WORSE = 40_000, 40, 10_000, 0.001
@@ -37,7 +40,10 @@ CONDITIONS = ("clean", "noise", "blur")
 POLICY = PromotionPolicy(factor_floors=dict.fromkeys(CONDITIONS[1:], 0.9))
 RECIPES = {
     "same recipe, other seeds": [TrainingConfig(seed=seed) for seed in range(14)],
-    "damaged recipe, one epoch of three": [
+    "damaged recipe, half of the epochs": [
+        TrainingConfig(seed=seed, epochs=2) for seed in range(200, 204)
+    ],
+    "damaged recipe, a quarter of the epochs": [
         TrainingConfig(seed=seed, epochs=1) for seed in range(100, 104)
     ],
 }
@@ -70,7 +76,8 @@ def train_population(cache: Path, mirror: str) -> Population:
     cache.mkdir(parents=True, exist_ok=True)
     for recipe, configs in RECIPES.items():
         for config in configs:
-            path = cache / f"{config.epochs}-{config.seed}.npy"
+            recipe_digest = hashlib.sha256(config.recipe().model_dump_json().encode()).hexdigest()
+            path = cache / f"{recipe_digest[:8]}-{config.seed}.npy"
             if not path.exists():
                 views = views or corrupt(held)
                 model = train(fit, config, "cpu").model
@@ -98,7 +105,14 @@ def compose(models: NDArray[np.bool_], draw: np.random.Generator) -> Truth:
     return candidate
 
 
-def score(truth: Truth, population: Population, chosen: NDArray[np.int64], week: int) -> Scored:
+def score(
+    truth: Truth,
+    population: Population,
+    chosen: NDArray[np.int64],
+    week: int,
+    *,
+    newer: bool = True,
+) -> Scored:
     """Return what the test split `chosen` says of a model; its other figures are a good model's."""
     return Scored(
         model=f"week {week}",
@@ -107,7 +121,7 @@ def score(truth: Truth, population: Population, chosen: NDArray[np.int64], week:
         labels=population.labels[chosen],
         right=truth[0, chosen],
         factors={name: truth[place, chosen] for place, name in enumerate(CONDITIONS) if place},
-        data_until=datetime(2026, 1, 1, tzinfo=UTC) + timedelta(weeks=week),
+        data_until=datetime(2026, 1, 1, tzinfo=UTC) + timedelta(weeks=week) if newer else None,
         shifted_prior_accuracy=0.99,
         calibration_error=0.1,
         error_confidence=0.5,
@@ -116,39 +130,49 @@ def score(truth: Truth, population: Population, chosen: NDArray[np.int64], week:
     )
 
 
-Rule = Callable[[Scored, Scored, ReuseHistory], bool]
+Rule = Callable[[Scored, Scored, ReuseHistory], Verdict]
 
-RULES: dict[str, Rule] = {
-    "accuracy at least as high": lambda ours, theirs, _: bool(
-        ours.right.mean() >= theirs.right.mean()
-    ),
-    "decide; approvals refused": lambda ours, theirs, history: (
-        decide(ours, theirs, POLICY, history).verdict == "promote"
-    ),
-    "decide; approvals all granted": lambda ours, theirs, history: (
-        decide(ours, theirs, POLICY, history).verdict != "keep"
-    ),
+
+def weigh(ours: Scored, theirs: Scored, history: ReuseHistory) -> Verdict:
+    """Decide as production does."""
+    return decide(ours, theirs, POLICY, history).verdict
+
+
+def compare_accuracy(ours: Scored, theirs: Scored, _: ReuseHistory) -> Verdict:
+    """Decide as a public system does."""
+    return "promote" if ours.right.mean() >= theirs.right.mean() else "keep"
+
+
+RULES: dict[str, tuple[Rule, set[Verdict]]] = {
+    "accuracy at least as high": (compare_accuracy, {"promote"}),
+    "decide; approvals refused": (weigh, {"promote"}),
+    "decide; approvals all granted": (weigh, {"promote", "needs-approval"}),
 }
+"""By name: how to decide, and which verdicts lead to a promotion."""
 
 
 def simulate(
-    population: Population, recipe: str, rule: Rule, weeks: int, seed: int
+    population: Population, recipe: str, rule: str, weeks: int, seed: int, *, newer: bool
 ) -> dict[str, float]:
     """Run one test split through `weeks` decisions; one seed shows each rule the same weeks."""
+    decides, promoting = RULES[rule]
     draw = np.random.default_rng(seed)
     chosen = draw.integers(len(population.labels), size=TEST)
     champion = compose(population.models["same recipe, other seeds"], draw)
-    standing = score(champion, population, chosen, 0)
+    standing = score(champion, population, chosen, 0, newer=newer)
     start = champion[0].mean()
-    seen, counts = [standing.model], {"promotions": 0, "offers": 0, "worse": 0}
+    seen = [standing.model]
+    counts = {"promotions": 0, "asked": 0, "worse candidates": 0, "worse promoted": 0}
     for week in range(1, weeks + 1):
         truth = compose(population.models[recipe], draw)
-        challenger = score(truth, population, chosen, week)
+        challenger = score(truth, population, chosen, week, newer=newer)
         worse = champion[0].mean() - truth[0].mean() >= WORSE - 1e-12
-        counts["offers"] += worse
-        if rule(challenger, standing, ReuseHistory("simulated", tuple(seen))):
+        counts["worse candidates"] += worse
+        verdict = decides(challenger, standing, ReuseHistory("simulated", tuple(seen)))
+        counts["asked"] += verdict == "needs-approval"
+        if verdict in promoting:
             counts["promotions"] += 1
-            counts["worse"] += worse
+            counts["worse promoted"] += worse
             champion, standing = truth, challenger
         seen.append(challenger.model)
     return {**counts, "drift": float(champion[0].mean() - start)}
@@ -188,28 +212,32 @@ def main() -> None:
     seconds, conditions = time_decide(population)
     print(f"decide: {seconds * 1000:.0f} ms for 10,000 images and {conditions} conditions")
     rows = []
-    for recipe in RECIPES:
+    for recipe, newer in itertools.product(RECIPES, (True, False)):
         accuracies = population.models[recipe][:, 0].mean(1)
         print(
-            f"\n{recipe}: {len(accuracies)} models, true accuracy {accuracies.min():.4f} to "
-            f"{accuracies.max():.4f}; {options.repetitions} times {options.weeks} weeks"
+            f"\n{recipe}, {'newer' if newer else 'the same'} data: {len(accuracies)} models, true "
+            f"accuracy {accuracies.min():.4f} to {accuracies.max():.4f}; {options.repetitions} "
+            f"times {options.weeks} weeks"
         )
         print(
-            f"{'rule':34s} {'promotions':>10s} {'worse offered':>13s} {'worse promoted':>14s} "
-            f"{'drift, points: mean':>19s} {'least':>7s}"
+            f"{'rule':30s} {'promotions':>10s} {'asked':>6s} {'worse candidates':>16s} "
+            f"{'worse promoted':>14s} {'drift, points: mean':>19s} {'s.e.':>6s} {'least':>7s}"
         )
-        for name, rule in RULES.items():
+        for rule in RULES:
             runs = [
-                simulate(population, recipe, rule, options.weeks, seed)
+                simulate(population, recipe, rule, options.weeks, seed, newer=newer)
                 for seed in range(options.repetitions)
             ]
             mean = {key: float(np.mean([run[key] for run in runs])) for key in runs[0]}
-            least = min(run["drift"] for run in runs)
-            rows.append({"recipe": recipe, "rule": name, **mean, "least drift": least})
+            drifts = [run["drift"] for run in runs]
+            error = float(np.std(drifts)) / options.repetitions**0.5
+            spread = {"drift error": error, "least drift": min(drifts)}
+            rows.append({"recipe": recipe, "newer": newer, "rule": rule, **mean, **spread})
             print(
-                f"{name:34s} {mean['promotions']:10.2f} "
-                f"{mean['offers'] / options.weeks:13.2%} {mean['worse'] / options.weeks:14.4%} "
-                f"{mean['drift'] * 100:+19.3f} {least * 100:+7.3f}",
+                f"{rule:30s} {mean['promotions']:10.2f} {mean['asked']:6.1f} "
+                f"{mean['worse candidates'] / options.weeks:16.2%} "
+                f"{mean['worse promoted'] / options.weeks:14.4%} "
+                f"{mean['drift'] * 100:+19.3f} {error * 100:6.3f} {min(drifts) * 100:+7.3f}",
                 flush=True,
             )
     figures = {"weeks": options.weeks, "repetitions": options.repetitions}

@@ -22,8 +22,9 @@ from mnist_cnn.evaluation import Evaluation
 from mnist_cnn.promotion import Decision
 from tasks.history import read_history, trace
 from tasks.records import Candidate, ModelVersion
-from tasks.registry import _versions, find_champion, register_candidate, set_champion
+from tasks.registry import find_champion, register_candidate, set_champion
 from tasks.storage import DEFAULT_STORE, Store
+from tasks.versions import read_versions
 
 
 def make_version(name: str, number: int) -> ModelVersion:
@@ -87,7 +88,7 @@ def main() -> int:
     champion = find_champion.fn(name)
     assert champion
     store = Store(arguments.store)
-    history = read_history(store, name, _versions(name), restore=False)
+    history = read_history(store, name, read_versions(name), restore=False)
     done, unexplained = trace(history.moves, champion.version)
     result = {
         "promotions": len(codes),

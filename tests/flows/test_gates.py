@@ -44,6 +44,7 @@ def test_every_gate_holds_and_nothing_that_was_planted_stays(champion: None) -> 
         "over-confident",
         "slow",
         "a tie",
+        "newer, and a little less accurate",
         "truncated model file",
         "half of the training labels shuffled",
         "test images among the training images",

@@ -87,7 +87,7 @@ def test_the_good_model_passes_every_floor(good: nn.Module, sample: Digits) -> N
 
 
 def test_every_fault_has_a_test(faults: dict[str, Fault]) -> None:
-    assert [*faults] == [*NAMES, "a tie"]
+    assert [*faults] == [*NAMES, "a tie", "newer, and a little less accurate"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -106,6 +106,33 @@ def test_a_tie_is_refused_on_data_of_the_same_age(
     decision = judge(faults["a tie"], good, sample, MONDAY)
     assert decision.verdict == "keep"
     assert "gain seen overall" in decision.reason or "nothing speaks" in decision.reason
+
+
+def test_a_model_that_is_newer_and_a_little_less_accurate_errs_on_five_images_more(
+    faults: dict[str, Fault], good: nn.Module, sample: Digits
+) -> None:
+    fault = faults["newer, and a little less accurate"]
+    assert fault.newer
+    decision = judge(fault, good, sample, MONDAY + timedelta(days=7))
+    assert decision.verdict == "keep"
+    overall = decision.comparisons[0]
+    assert (overall.gains, overall.losses) == (0, 5)
+    failed = {check.name for check in decision.checks if not check.passed}
+    assert failed.issuperset(fault.refused_by)
+
+
+def test_a_margin_that_forgives_five_images_does_not_let_the_newer_model_in(
+    faults: dict[str, Fault], good: nn.Module, sample: Digits
+) -> None:
+    """On MNIST five images are within the margin; here the margin is widened to them."""
+    fault = faults["newer, and a little less accurate"]
+    candidate = score(fault.model.eval(), sample, fault.name, MONDAY + timedelta(days=7))
+    champion = score(good, sample, "champion", MONDAY)
+    wide = POLICY.model_copy(update={"overall_margin": 0.015, "class_margin": 0.2})
+    decision = decide(candidate, champion, wide, ReuseHistory("sample"))
+    assert decision.verdict == "keep"
+    assert not [check for check in decision.checks if check.kind == "loss" and not check.passed]
+    assert "right on -5 images: it is less accurate" in decision.reason
 
 
 def test_slowness_changes_no_answer(

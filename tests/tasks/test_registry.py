@@ -15,13 +15,10 @@ from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
 from deployments.stack import PROJECT, Stack
 from mnist_cnn.evaluation import Evaluation
 from mnist_cnn.promotion import Decision
+from tasks.exclusion import exclusive
 from tasks.history import Account, History, read_history, trace
-from tasks.promotion_lock import exclusive
 from tasks.records import Candidate, ModelVersion
 from tasks.registry import (
-    Refused,
-    RegistryError,
-    _versions,
     approve_challenger,
     find_champion,
     find_rollback,
@@ -32,6 +29,7 @@ from tasks.registry import (
     set_champion,
 )
 from tasks.storage import DEFAULT_STORE, Store
+from tasks.versions import Refused, RegistryError, read_versions
 
 ADA = Account(who="Ada", why="I looked at the pictures")
 
@@ -102,7 +100,7 @@ def aliases(name: str) -> dict[str, str]:
 
 
 def history_of(name: str) -> History:
-    return read_history(Store(DEFAULT_STORE), name, _versions(name), restore=False)
+    return read_history(Store(DEFAULT_STORE), name, read_versions(name), restore=False)
 
 
 def tell(name: str) -> list[tuple[str, str | None, str]]:

@@ -2,13 +2,8 @@ import pytest
 
 from deployments.stack import Stack
 from mnist_cnn.digits import Digits, embedded_sample
-from tasks.storage import (
-    StorageRefused,
-    StorageUnreachable,
-    Store,
-    read_split,
-    write_snapshot,
-)
+from tasks.shards import read_split, write_snapshot
+from tasks.storage import StorageRefused, StorageUnreachable, Store
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +91,10 @@ def test_the_manifest_is_written_last(
     monkeypatch.setattr(
         Store, "put", lambda self, name, content: names.append(name) or put(self, name, content)
     )
-    write_snapshot(store, "digits", *sample, "a test")
-    assert [name.split("/")[2] for name in names] == ["shards", "shards", "snapshots"]
+    snapshot = write_snapshot(store, "digits", *sample, "a test")
+    folders = [name.split("/")[2] for name in names]
+    assert folders == ["shards"] * 4 + ["snapshots"] * 2
+    assert names[-1] == f"datasets/digits/snapshots/{snapshot.digest}.json"
 
 
 def test_a_shard_that_was_changed_is_not_read(store: Store, sample: tuple[Digits, Digits]) -> None:
