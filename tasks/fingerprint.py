@@ -9,15 +9,19 @@ from functools import cache
 from importlib.metadata import requires
 from importlib.metadata import version as installed
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prefect import get_run_logger, runtime, task
 from pydantic import BaseModel
 
-from mnist_cnn.device import Device, choose_device
-from mnist_cnn.promotion import PromotionPolicy
-from mnist_cnn.training import TrainingConfig
 from tasks.records import ModelVersion, Snapshot
 from tasks.storage import worth_another_try
+from tasks.versions import asking, moves_of, read_versions
+
+if TYPE_CHECKING:
+    from mnist_cnn.device import Device
+    from mnist_cnn.promotion import PromotionPolicy
+    from mnist_cnn.training import TrainingConfig
 
 TAG = "fingerprint"
 """The tag of a registered version that says what it was made of."""
@@ -42,12 +46,14 @@ class Fingerprint(BaseModel, frozen=True):
 
 def fingerprint(
     snapshot: Snapshot,
-    training: TrainingConfig,
-    promotion: PromotionPolicy | None,
-    device: Device,
+    training: "TrainingConfig",
+    promotion: "PromotionPolicy | None",
+    device: "Device",
     processes: int,
 ) -> Fingerprint:
     """Return the fingerprint of a run that has not begun."""
+    from mnist_cnn.device import choose_device  # noqa: PLC0415 - torch, which few users need
+
     parameters = {
         "training": training.model_dump(mode="json"),
         "promotion": promotion.model_dump(mode="json") if promotion else None,
@@ -75,40 +81,31 @@ def find_repeat(champion: ModelVersion | None, ours: Fingerprint) -> str | None:
     """
     if champion is None:
         return None
-    from mlflow import MlflowClient  # noqa: PLC0415 - 2 s to import
-
-    client, logger = MlflowClient(), get_run_logger()
-    page = client.search_model_versions(f"name = '{champion.name}'")
-    versions = list(page)
-    while page.token:
-        page = client.search_model_versions(f"name = '{champion.name}'", page_token=page.token)
-        versions += page
-    tags = {str(version.version): version.tags for version in versions}
-    same = "the same snapshot, code, parameters and environment"
-    for number in sorted(tags, key=int, reverse=True):
-        made_of, verdict = tags[number].get(TAG), tags[number].get("verdict")
-        mine = tags[number].get("prefect.flow_run_id") == str(runtime.flow_run.id)
-        if not made_of or mine:
+    with asking(f"the versions of {champion.name}"):
+        versions = {str(version.version): version for version in read_versions(champion.name)}
+    today = f"today's champion, version {champion.version}"
+    undone = {
+        move.from_version
+        for move in moves_of(versions[champion.version])
+        if move.action == "roll back"
+    }
+    for number in sorted(versions, key=int, reverse=True):
+        tags = versions[number].tags
+        if TAG not in tags or tags["prefect.flow_run_id"] == str(runtime.flow_run.id):
             continue
-        theirs = Fingerprint.model_validate_json(made_of)
+        theirs = Fingerprint.model_validate_json(tags[TAG])
+        same = f"version {number} was made of the same snapshot, code, parameters and environment"
         if number == champion.version and theirs != ours:
-            logger.info(
-                "changed since the champion was trained: %s", ", ".join(ours.changes(theirs))
-            )
-        if theirs != ours:
+            changes = ", ".join(ours.changes(theirs))
+            get_run_logger().info("changed since the champion was trained: %s", changes)
+        elif theirs != ours:
             continue
-        if number == champion.version:
-            return f"nothing is new: the champion, version {number}, was trained on {same}"
-        if verdict != "promote" and tags[number].get("compared_with") == champion.model:
-            return (
-                f"nothing is new: version {number} was made of {same}, and judged {verdict!r} "
-                f"against today's champion, version {champion.version}"
-            )
-        if _rolled_back(tags[champion.version], number):
-            return (
-                f"nothing is new: version {number} was made of {same}, and was rolled back to "
-                f"today's champion, version {champion.version}"
-            )
+        elif number == champion.version:
+            return f"nothing is new: the champion, {same}"
+        elif number in undone:
+            return f"nothing is new: {same}, and was rolled back to {today}"
+        elif tags["verdict"] != "promote" and tags["compared_with"] == champion.model:
+            return f"nothing is new: {same}, and judged {tags['verdict']!r} against {today}"
     return None
 
 
@@ -122,14 +119,6 @@ def digest_code() -> str:
                 total.update(f"{file.relative_to(root).as_posix()}\0".encode())
                 total.update(hashlib.sha256(file.read_bytes()).digest())
     return total.hexdigest()
-
-
-def _rolled_back(tags_of_champion: dict[str, str], number: str) -> bool:
-    """Tell whether the champion took its place back from version `number`."""
-    moves = [
-        json.loads(text) for key, text in tags_of_champion.items() if key.startswith("history.")
-    ]
-    return any(move["action"] == "roll back" and move["from_version"] == number for move in moves)
 
 
 def _dependencies() -> list[str]:

@@ -1,18 +1,17 @@
 """Take in what has arrived: accept it as shards, or put it aside with the reason."""
 
 from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
 from prefect import get_run_logger, task
 from prefect.artifacts import create_table_artifact
 from pydantic import BaseModel
 
+from expectations.champion_view import contradictions
 from expectations.image_table import image_table
 from expectations.report_page import render_report
 from expectations.validation import ValidationReport, validate_batch
 from mnist_cnn.digits import SIDE, Digits
-from mnist_cnn.evaluation import predict
 from tasks.batch_files import MARKER, BadBatch, RawBatch, check_names, parse_batch
 from tasks.exclusion import exclusive
 from tasks.ledger import (
@@ -29,8 +28,11 @@ from tasks.ledger import (
 )
 from tasks.models import load_model
 from tasks.records import ModelVersion, Snapshot, Verdict
-from tasks.shards import read_digests, read_profile, write_shards
+from tasks.shards import extend_snapshot, read_digests, read_profile, write_shards
 from tasks.storage import Entry, Store, worth_another_try
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class Arrivals(BaseModel, frozen=True):
@@ -84,8 +86,10 @@ def ingest_batch(snapshot: Snapshot, batch: str, champion: ModelVersion | None) 
         if not entries:
             return None
         present = present_snapshot(store, read_base(store, dataset) or snapshot, ledger)
-        verdict = _judge(store, present, ledger, batch, entries, champion)
+        verdict, table = _judge(store, present, ledger, batch, entries, champion)
         write_verdict(store, verdict)
+        if verdict.accepted:
+            extend_snapshot(store, present, verdict.shards, verdict.arrived, table)
         settle(store, verdict)
     say = logger.info if verdict.accepted else logger.warning
     word = "accepted" if verdict.accepted else "put aside"
@@ -129,8 +133,11 @@ def _judge(
     batch: str,
     entries: list[Entry],
     champion: ModelVersion | None,
-) -> Verdict:
-    """Return the verdict on a batch, after writing everything that it rests on."""
+) -> "tuple[Verdict, pd.DataFrame | None]":
+    """Return the verdict on a batch, after writing everything that it rests on.
+
+    With it comes the image table of what is accepted, without the images that are known.
+    """
     files = files_of(incoming_folder(present.dataset, batch), entries)
     unread = Verdict(
         sequence=len(ledger) + 1,
@@ -153,43 +160,51 @@ def _judge(
         _demand_new(ledger, unread)
         raw = parse_batch(contents)
     except BadBatch as error:
-        return _put_aside(store, unread, str(error))
+        return _put_aside(store, unread, str(error)), None
     del contents
-    report, known, page = _validate(present, raw, champion)
-    read = unread.model_copy(update={"images": len(raw.labels)})
+    table, report = _validate(present, raw, champion)
+    page = render_report(report, f"Batch {batch}", {"arriving images": raw.images})
+    read = unread.model_copy(update={"images": len(raw)})
     if report.critical:
         failures = "; ".join(finding.sentence for finding in report.critical)
-        return _put_aside(store, read, failures, page)
+        return _put_aside(store, read, failures, page), None
     accepted = read.model_copy(update={"accepted": True})
-    new = Digits(raw.images[~known], raw.labels[~known])
+    new = ~table["known"].to_numpy()
+    table = table[new]
+    digits = Digits(raw.images, raw.labels)
+    if not new.all():
+        digits = Digits(raw.images[new], raw.labels[new])
     warnings = [finding.sentence for finding in report.warnings]
     return accepted.model_copy(
         update={
-            "reason": "; ".join([f"{len(new)} images", *warnings]),
-            "shards": write_shards(store, present.dataset, new, f"batch {batch}"),
-            "repeated": int(known.sum()),
+            "reason": "; ".join([f"{len(digits)} images", *warnings]),
+            "shards": write_shards(store, present.dataset, digits, table, f"batch {batch}"),
+            "repeated": int((~new).sum()),
             "report": store.put(f"{folder_of(accepted)}report.html", page.encode()),
         }
-    )
+    ), table
 
 
 def _validate(
     present: Snapshot, raw: RawBatch, champion: ModelVersion | None
-) -> tuple[ValidationReport, NDArray[np.bool_], str]:
-    """Return the report, which images are in the data set already, and the report as a page."""
+) -> "tuple[pd.DataFrame, ValidationReport]":
+    """Return the image table of a batch, with a column `known`, and the report on it."""
     import pandas as pd  # noqa: PLC0415 - a quarter of a second
 
     table = image_table(raw.images, raw.labels)
     if champion and raw.images.shape[1:] == (SIDE, SIDE):
+        from mnist_cnn.evaluation import predict  # noqa: PLC0415 - torch takes 400 MiB
+
         network, _ = load_model(champion.model)
-        table["champion_contradicts"] = predict(network, raw.images).argmax(1) != raw.labels
+        probabilities = predict(network, raw.images)
+        table["champion_contradicts"] = contradictions(probabilities, raw.labels)
     accepted = read_digests(present, "train")[:, 0]
     holdout = pd.DataFrame(read_digests(present, "test"), columns=["digest", "near_digest"])
     report = validate_batch(
         table, accepted=accepted, holdout=holdout, reference=read_profile(present)
     )
     known = table["digest"].isin(accepted) | table["digest"].duplicated()
-    return report, known.to_numpy(), render_report(report)
+    return table.assign(known=known), report
 
 
 def _put_aside(store: Store, verdict: Verdict, reason: str, page: str | None = None) -> Verdict:

@@ -11,11 +11,11 @@ import os
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prefect import get_run_logger, runtime, task
 from prefect.artifacts import create_table_artifact
 
-from mnist_cnn.evaluation import Evaluation
 from mnist_cnn.promotion import Decision
 from tasks.exclusion import exclusive
 from tasks.fingerprint import TAG as FINGERPRINT
@@ -41,6 +41,9 @@ from tasks.versions import (
     read_versions,
 )
 
+if TYPE_CHECKING:
+    from mnist_cnn.evaluation import Evaluation
+
 
 @task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
 def find_champion(name: str) -> ModelVersion | None:
@@ -62,7 +65,7 @@ def find_previous(name: str) -> ModelVersion | None:
 @task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
 def register_candidate(
     candidate: Candidate,
-    measured: Evaluation,
+    measured: "Evaluation",
     decision: Decision,
     decision_record: str,
     made_of: Fingerprint | None = None,

@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,9 @@ from expectations.reference import ReferenceProfile, reference_profile
 from mnist_cnn.digits import CLASSES, SIDE, Digits
 from tasks.records import Shard, Snapshot, Split
 from tasks.storage import Store
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SHARD_IMAGES = 10_000
 """Images in a shard: 7.8 MB before compression."""
@@ -34,38 +38,58 @@ def write_snapshot(
 
     The manifest holds no time and no address, so that the same data has the same digest anywhere.
     """
-    shards = {
-        split: write_shards(store, dataset, digits, origin)
-        for split, digits in (("train", train), ("test", test))
-    }
-    base = _snapshot(store, dataset, shards["train"], shards["test"])
+    table = image_table(train.images, train.labels)
+    base = _snapshot(
+        store,
+        dataset,
+        write_shards(store, dataset, train, table, origin),
+        write_shards(store, dataset, test, image_table(test.images, test.labels), origin),
+    )
     if not store.has(store.name_of(base.address)):
-        table = image_table(train.images, train.labels)
         _write_manifest(store, base, reference_profile(table))
     return base
 
 
 def extend_snapshot(
-    store: Store, parent: Snapshot, shards: list[Shard], until: datetime
+    store: Store,
+    parent: Snapshot,
+    shards: list[Shard],
+    until: datetime,
+    table: "pd.DataFrame | None" = None,
 ) -> Snapshot:
-    """Return the snapshot of `parent` and further training shards, which arrived by `until`."""
+    """Return the snapshot of `parent` and further training shards, which arrived by `until`.
+
+    `table` is the image table of the shards; without it they are read and measured again.
+    """
     until = max(until, parent.until or until)
     grown = _snapshot(
         store, parent.dataset, parent.train + shards, parent.test, parent.digest, until
     )
     if not store.has(store.name_of(grown.address)):
         profile = read_profile(parent)
-        for shard in shards:
-            part = _read_shard(store, parent.dataset, shard)
-            profile = profile.extended(image_table(part.images, part.labels))
+        if table is not None:
+            profile = profile.extended(table)
+        else:
+            for shard in shards:
+                part = _read_shard(store, parent.dataset, shard)
+                profile = profile.extended(image_table(part.images, part.labels))
         _write_manifest(store, grown, profile)
     return grown
 
 
-def write_shards(store: Store, dataset: str, digits: Digits, origin: str) -> list[Shard]:
-    """Store digits as shards and return these; what is there is not sent again."""
+def write_shards(
+    store: Store, dataset: str, digits: Digits, table: "pd.DataFrame", origin: str
+) -> list[Shard]:
+    """Store digits, with what their image table says, as shards; what is there is left."""
+    digests = table[["digest", "near_digest"]].to_numpy(np.int64)
     return [
-        _write_shard(store, dataset, digits.part(start, start + SHARD_IMAGES), origin)
+        _write_shard(
+            store,
+            dataset,
+            digits.part(start, start + SHARD_IMAGES),
+            digests[start : start + SHARD_IMAGES],
+            origin,
+        )
         for start in range(0, len(digits), SHARD_IMAGES)
     ]
 
@@ -149,7 +173,9 @@ def _write_manifest(store: Store, snapshot: Snapshot, profile: ReferenceProfile)
     store.put(store.name_of(snapshot.address), _manifest(snapshot))
 
 
-def _write_shard(store: Store, dataset: str, digits: Digits, origin: str) -> Shard:
+def _write_shard(
+    store: Store, dataset: str, digits: Digits, digests: NDArray[np.int64], origin: str
+) -> Shard:
     import pyarrow as pa  # noqa: PLC0415
     import pyarrow.parquet as pq  # noqa: PLC0415
 
@@ -161,9 +187,8 @@ def _write_shard(store: Store, dataset: str, digits: Digits, origin: str) -> Sha
     )
     name = _shard_name(dataset, shard.digest)
     if not store.has(name):
-        table = image_table(digits.images, digits.labels)
         packed = io.BytesIO()
-        np.save(packed, table[["digest", "near_digest"]].to_numpy(np.int64))
+        np.save(packed, digests)
         store.put(_digests_name(dataset, shard.digest), packed.getvalue())
         pixels = pa.py_buffer(np.ascontiguousarray(digits.images))
         binary = pa.FixedSizeBinaryArray.from_buffers(

@@ -131,7 +131,7 @@ def test_a_second_run_with_nothing_new_is_skipped_with_the_reason(
     second = wait_for(trigger("--param", "dataset=digits"))
     assert second.state
     assert second.state.name == "Skipped"
-    assert "the champion, version 1, was trained on the same snapshot" in str(second.state.message)
+    assert "the champion, version 1 was made of the same snapshot" in str(second.state.message)
     with get_client(sync_client=True) as prefect:
         tasks = prefect.read_task_runs(
             flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[second.id]))
