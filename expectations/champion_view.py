@@ -22,3 +22,13 @@ def contradictions(
     contradicted: NDArray[np.bool_] = probabilities.argmax(1) != labels
     contradicted &= probabilities.max(1) >= SURE
     return contradicted
+
+
+def worst_contradictions(
+    probabilities: NDArray[np.floating], labels: NDArray[np.int64], most: int = 12
+) -> list[int]:
+    """Return the rows where the champion is surest of another label, the surest first."""
+    rows = np.flatnonzero(contradictions(probabilities, labels))
+    order = np.argsort(-probabilities[rows].max(1), kind="stable")
+    worst: list[int] = rows[order[:most]].tolist()
+    return worst

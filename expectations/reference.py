@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 FEATURES = ("label", "ink", "stroke_width", "slant", "mean", "contrast")
 """The columns of the image table whose distribution is compared."""
 
+WORTH_A_LOOK, ANOTHER_POPULATION = 0.1, 0.25
+"""What a population stability index is commonly held against (N. Siddiqi, Credit Risk Scorecards,
+2006)."""
+
 _BINS = 10
 
 
@@ -22,6 +26,8 @@ class FeatureProfile(BaseModel, frozen=True, extra="forbid"):
 
     edges: tuple[float, ...]
     counts: tuple[int, ...]
+    total: float
+    """Sum of the feature over all images."""
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
@@ -32,28 +38,74 @@ class FeatureProfile(BaseModel, frozen=True, extra="forbid"):
             )
         return self
 
+    @property
+    def mean(self) -> float:
+        """The feature's mean over all images."""
+        return self.total / sum(self.counts)
+
 
 class ReferenceProfile(BaseModel, frozen=True, extra="forbid"):
     """The histograms of accepted images, by feature."""
 
     features: dict[str, FeatureProfile]
 
+    @property
+    def images(self) -> int:
+        """How many images were counted."""
+        return sum(self.features["label"].counts)
+
     def extended(self, table: "pd.DataFrame") -> "ReferenceProfile":
         """Return the profile with the images of a table counted in as well, in the same bins."""
-        return ReferenceProfile(
-            features={
-                feature: FeatureProfile(
-                    edges=p.edges,
-                    counts=tuple(
-                        (
-                            np.array(p.counts)
-                            + _counts(table[feature].to_numpy(), np.array(p.edges))
-                        ).tolist()
-                    ),
-                )
-                for feature, p in self.features.items()
-            }
+        features = {}
+        for feature, profile in self.features.items():
+            values = table[feature].to_numpy()
+            counts = np.array(profile.counts) + _counts(values, np.array(profile.edges))
+            total = profile.total + float(values.sum())
+            features[feature] = profile.model_copy(
+                update={"counts": tuple(counts.tolist()), "total": total}
+            )
+        return ReferenceProfile(features=features)
+
+
+class Change(BaseModel, frozen=True):
+    """How far one feature has moved between two profiles."""
+
+    feature: str
+    before: float
+    """Mean; of a digit, its share of the images."""
+    after: float
+    stability_index: float | None
+    """Population stability index; None for a single digit, whose index is in that of `label`."""
+
+
+def compare_profiles(before: ReferenceProfile, after: ReferenceProfile) -> list[Change]:
+    """Return what has changed in image statistics and label mix, features first, then digits.
+
+    Both have the same bins, as all profiles of one data set have; ValueError if they do not.
+    """
+    changes = []
+    for feature, old in before.features.items():
+        new = after.features[feature]
+        if new.edges != old.edges:
+            raise ValueError(
+                f"the profiles have different bins of {feature}: they belong to different data "
+                "sets; expected two snapshots of one"
+            )
+        index = _stability_index(np.array(new.counts), np.array(old.counts))
+        changes.append(
+            Change(feature=feature, before=old.mean, after=new.mean, stability_index=index)
         )
+    digits = zip(before.features["label"].counts, after.features["label"].counts, strict=True)
+    changes += [
+        Change(
+            feature=f"digit {digit}",
+            before=old / before.images,
+            after=new / after.images,
+            stability_index=None,
+        )
+        for digit, (old, new) in enumerate(digits)
+    ]
+    return changes
 
 
 def reference_profile(table: "pd.DataFrame") -> ReferenceProfile:
@@ -72,7 +124,9 @@ def reference_profile(table: "pd.DataFrame") -> ReferenceProfile:
             # Tied values can make tenths coincide; equal edges would leave a bin always empty.
             edges = np.unique(np.quantile(values, np.arange(1, _BINS) / _BINS))
         profiles[feature] = FeatureProfile(
-            edges=tuple(edges.tolist()), counts=tuple(_counts(values, edges).tolist())
+            edges=tuple(edges.tolist()),
+            counts=tuple(_counts(values, edges).tolist()),
+            total=float(values.sum()),
         )
     return ReferenceProfile(features=profiles)
 
@@ -80,19 +134,22 @@ def reference_profile(table: "pd.DataFrame") -> ReferenceProfile:
 def drift_table(table: "pd.DataFrame", reference: ReferenceProfile) -> "pd.DataFrame":
     """Return one row with `psi_FEATURE`: the population stability index against `reference`.
 
-    The sum over bins of (p - q) ln(p / q); 0.1 is commonly taken for a shift worth a look and 0.25
-    for another population (N. Siddiqi, Credit Risk Scorecards, 2006). Half an image is added to
-    each bin, so that an empty one does not make it infinite.
+    The sum over bins of (p - q) ln(p / q). Half an image is added to each bin, so that an empty one
+    does not make it infinite.
     """
     import pandas as pd  # noqa: PLC0415 - a quarter of a second that readers of profiles do not pay
 
     indices = {}
     for feature, profile in reference.features.items():
-        arrived = _shares(_counts(table[feature].to_numpy(), np.array(profile.edges)))
-        accepted = _shares(np.array(profile.counts))
-        index = float(((arrived - accepted) * np.log(arrived / accepted)).sum())
+        arrived = _counts(table[feature].to_numpy(), np.array(profile.edges))
+        index = _stability_index(arrived, np.array(profile.counts))
         indices[f"psi_{feature}"] = [index]
     return pd.DataFrame(indices)
+
+
+def _stability_index(arrived: NDArray[np.int64], accepted: NDArray[np.int64]) -> float:
+    p, q = _shares(arrived), _shares(accepted)
+    return float(((p - q) * np.log(p / q)).sum())
 
 
 def _counts(values: NDArray[Any], edges: NDArray[Any]) -> NDArray[np.int64]:

@@ -1,42 +1,76 @@
-"""The validation report as one HTML page that opens anywhere, also without a network."""
+"""The validation report as one HTML page that opens anywhere, also without a network.
+
+Verdict, failures and pictures come first, in our words; below them, the Data Docs of each suite as
+Great Expectations renders them, in a frame of their own so that two stylesheets do not meet.
+"""
 
 import base64
+import re
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from expectations.validation import Finding, ValidationReport
+from expectations.validation import ValidationReport
 
 _SHOWN = 12  # images of one finding in the gallery
 
 _STYLE = """
+:root { color-scheme: light dark; --ink: light-dark(#1c2430, #e4e8ee);
+        --paper: light-dark(#fff, #14181f); --line: light-dark(#d8dee8, #38414e);
+        --faint: light-dark(#5a6675, #98a4b3); --bad: light-dark(#b3261e, #ff8a80);
+        --odd: light-dark(#8a5a00, #ffc766); --good: light-dark(#1b7f3b, #6fd68f) }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem;
-       color: #1c2430; background: #fff }
+       color: var(--ink); background: var(--paper) }
 h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
-table { border-collapse: collapse; width: 100% }
-th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid #d8dee8;
-         vertical-align: top }
-code { font-size: .85em } small { color: #5a6675 }
-.critical { color: #b3261e; font-weight: 600 } .warning { color: #8a5a00; font-weight: 600 }
-.passed { color: #1b7f3b; font-weight: 600 }
-figure { display: inline-block; margin: .5rem .5rem 0 0; text-align: center }
-img { width: 84px; height: 84px; image-rendering: pixelated; border: 1px solid #d8dee8 }
+code { font-size: .85em } .faint { color: var(--faint) }
+.critical { color: var(--bad); font-weight: 600 } .warning { color: var(--odd); font-weight: 600 }
+.passed { color: var(--good); font-weight: 600 }
+figure { display: inline-block; margin: .5rem .5rem 0 0; text-align: center; font-size: .85em }
+img { width: 84px; height: 84px; image-rendering: pixelated; border: 1px solid var(--line) }
+summary { cursor: pointer; margin-top: 1rem }
+iframe { width: 100%; height: 85vh; border: 1px solid var(--line); margin-top: .5rem }
 """
+
+# Great Expectations' template takes these from the net, which may not be there.
+_FROM_THE_NET = re.compile(
+    r'<script[^>]*\bsrc="[^"]*"[^>]*>\s*</script>|<link[^>]*>|<img[^>]*\bsrc="https?:[^>]*>'
+    r"|<script>.*?</script>|<button.*?</button>|<footer.*?</footer>|url\('?https?:[^)]*\)",
+    re.DOTALL,
+)
+_DOCS_STYLE = """<style>
+:root { color-scheme: light dark }
+body { font: 14px/1.45 system-ui, sans-serif; background: light-dark(#fff, #14181f);
+       color: light-dark(#1c2430, #e4e8ee) }
+nav, .sidebar, .col-lg-2, .modal, footer, .cloud-footer { display: none !important }
+table { border-collapse: collapse; width: 100%; margin: .5rem 0 1rem }
+th, td { text-align: left; vertical-align: top; padding: .3rem .5rem;
+         border-bottom: 1px solid light-dark(#d8dee8, #38414e) }
+.badge { background: light-dark(#e8edf4, #2a323d); border-radius: 3px; padding: 0 .3em }
+.alert { padding: .4rem .6rem; border-left: 3px solid #8a94a3 }
+.fa-check-circle::before { content: "✔"; color: #1b9c47 }
+.fa-times::before, .fa-times-circle::before { content: "✘"; color: #d93025 }
+.fa-exclamation-triangle::before { content: "!"; color: #b26a00 }
+i { font-style: normal }
+</style></head>"""
 
 
 def render_report(
     report: ValidationReport,
     title: str = "Validation report",
     images: Mapping[str, NDArray[np.uint8]] | None = None,
+    say: Callable[[int], str] = str,
+    worst: Mapping[str, Sequence[int]] | None = None,
 ) -> str:
     """Return `report` as a self-contained HTML page: verdict, failures, then every expectation.
 
     `images` maps the name of a suite to the uint8 (N, height, width) images that its table was made
-    of; those that failed are then shown below their finding.
+    of; those that failed are then shown below their finding, with what `say` says of each row.
+    `worst` maps a column to the rows to show of it, where the first ones are not telling.
     """
     failed = [finding for finding in report.findings if not finding.success]
     verdict = (
@@ -46,18 +80,27 @@ def render_report(
         f"critically; {len(report.warnings)} warned.</p>"
     )
     blocks = [f"<h1>{escape(title)}</h1>", verdict]
-    blocks += [f"<p>Not judged: {escape(reason)}</p>" for reason in report.skipped]
+    blocks += [f"<p class=faint>Not judged: {escape(reason)}</p>" for reason in report.skipped]
     for finding in failed:
         blocks.append(
             f"<h2><span class={finding.severity}>{finding.severity}</span> "
             f"{escape(finding.description)}</h2><p><code>{escape(finding.sentence)}</code></p>"
         )
-        blocks.append(_gallery(finding, (images or {}).get(finding.suite)))
-    for suite in dict.fromkeys(finding.suite for finding in report.findings):
-        rows = "".join(_row(finding) for finding in report.findings if finding.suite == suite)
+        rows = (worst or {}).get(finding.column or "", finding.rows)
+        blocks.append(_gallery(rows, (images or {}).get(finding.suite), say))
+    if failed and not any(finding.rows for finding in failed):
+        for suite, all_images in (images or {}).items():
+            blocks.append(f"<h2>The first of the {escape(suite)}</h2>")
+            blocks.append(_gallery(range(min(_SHOWN, len(all_images))), all_images, say))
+    blocks.append(
+        "<h2>Data Docs</h2><p class=faint>Every expectation, as Great Expectations says it."
+    )
+    for suite, results in report.raw.items():
+        met = sum(result["success"] for result in results["results"])
         blocks.append(
-            f"<h2>{escape(suite.capitalize())}</h2><table><tr><th>Result<th>Expectation"
-            f"<th>Observed<th>Expected</tr>{rows}</table>"
+            f"<details><summary>{escape(suite.capitalize())}: {met} of {len(results['results'])} "
+            f'expectations met</summary><iframe sandbox title="Data Docs: {escape(suite)}" '
+            f'srcdoc="{escape(render_data_docs(results))}"></iframe></details>'
         )
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
@@ -65,23 +108,36 @@ def render_report(
     )
 
 
-def _row(finding: Finding) -> str:
-    result = "passed" if finding.success else finding.severity
-    name = f"{finding.expectation}({finding.column or ''})"
-    return (
-        f"<tr><td class={result}>{result}<td>{escape(finding.description)}<br>"
-        f"<small><code>{escape(name)}</code>, {finding.severity}</small>"
-        f"<td>{escape(finding.observed)}<td>{escape(finding.expected)}</tr>"
+def render_data_docs(results: Mapping[str, Any]) -> str:
+    """Return Great Expectations' own page about one suite's results, with nothing from the net.
+
+    `results` is an entry of `ValidationReport.raw`.
+    """
+    # Great Expectations takes 2 s to import.
+    from great_expectations.core.expectation_validation_result import (  # noqa: PLC0415
+        expectationSuiteValidationResultSchema,
     )
+    from great_expectations.render.renderer.page_renderer import (  # noqa: PLC0415
+        ValidationResultsPageRenderer,
+    )
+    from great_expectations.render.view import DefaultJinjaPageView  # noqa: PLC0415
+
+    result = expectationSuiteValidationResultSchema.load(dict(results))
+    document = ValidationResultsPageRenderer(run_info_at_end=True).render(result)
+    page: str = DefaultJinjaPageView().render(document)
+    return _FROM_THE_NET.sub("", page).replace("</head>", _DOCS_STYLE, 1)
 
 
-def _gallery(finding: Finding, images: NDArray[np.uint8] | None) -> str:
+def _gallery(
+    rows: Sequence[int], images: NDArray[np.uint8] | None, say: Callable[[int], str]
+) -> str:
     if images is None:
         return ""
     return "".join(
         f'<figure><img alt="image {row}" src="data:image/png;base64,'
-        f'{base64.b64encode(_png(images[row])).decode()}"><figcaption>{row}</figcaption></figure>'
-        for row in finding.rows[:_SHOWN]
+        f'{base64.b64encode(_png(images[row])).decode()}"><figcaption>{escape(say(row))}'
+        "</figcaption></figure>"
+        for row in rows[:_SHOWN]
     )
 
 

@@ -13,6 +13,7 @@ from great_expectations import expectations as gxe
 from great_expectations.expectations.metadata_types import FailureSeverity
 
 from expectations.image_table import CLASSES, SIDE, TURNS
+from expectations.reference import ANOTHER_POPULATION, WORTH_A_LOOK
 
 CRITICAL, WARNING = FailureSeverity.CRITICAL, FailureSeverity.WARNING
 
@@ -71,7 +72,7 @@ def arriving_distribution(features: Iterable[str]) -> ExpectationSuite:
             description=f"The {feature.replace('_', ' ')} is distributed as in accepted images.",
         )
         for feature in features
-        for bound, severity in ((0.1, WARNING), (0.25, CRITICAL))
+        for bound, severity in ((WORTH_A_LOOK, WARNING), (ANOTHER_POPULATION, CRITICAL))
     ]
     return ExpectationSuite(name="arriving distribution", expectations=expectations)
 

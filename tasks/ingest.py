@@ -7,7 +7,7 @@ from prefect import get_run_logger, task
 from prefect.artifacts import create_table_artifact
 from pydantic import BaseModel
 
-from expectations.champion_view import contradictions
+from expectations.champion_view import contradictions, worst_contradictions
 from expectations.image_table import image_table
 from expectations.report_page import render_report
 from expectations.validation import ValidationReport, validate_batch
@@ -32,7 +32,9 @@ from tasks.shards import extend_snapshot, read_digests, read_profile, write_shar
 from tasks.storage import Entry, Store, worth_another_try
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
+    from numpy.typing import NDArray
 
 
 class Arrivals(BaseModel, frozen=True):
@@ -162,8 +164,7 @@ def _judge(
     except BadBatch as error:
         return _put_aside(store, unread, str(error)), None
     del contents
-    table, report = _validate(present, raw, champion)
-    page = render_report(report, f"Batch {batch}", {"arriving images": raw.images})
+    table, report, page = _validate(present, raw, champion, f"Batch {batch}")
     read = unread.model_copy(update={"images": len(raw)})
     if report.critical:
         failures = "; ".join(finding.sentence for finding in report.critical)
@@ -186,25 +187,42 @@ def _judge(
 
 
 def _validate(
-    present: Snapshot, raw: RawBatch, champion: ModelVersion | None
-) -> "tuple[pd.DataFrame, ValidationReport]":
-    """Return the image table of a batch, with a column `known`, and the report on it."""
+    present: Snapshot, raw: RawBatch, champion: ModelVersion | None, title: str
+) -> "tuple[pd.DataFrame, ValidationReport, str]":
+    """Return the image table of a batch, with a column `known`, the report, and this as a page."""
     import pandas as pd  # noqa: PLC0415 - a quarter of a second
 
-    table = image_table(raw.images, raw.labels)
-    if champion and raw.images.shape[1:] == (SIDE, SIDE):
-        from mnist_cnn.evaluation import predict  # noqa: PLC0415 - torch takes 400 MiB
-
-        network, _ = load_model(champion.model)
-        probabilities = predict(network, raw.images)
+    table, worst = image_table(raw.images, raw.labels), dict[str, list[int]]()
+    probabilities = _ask(champion, raw)
+    if probabilities is not None:
         table["champion_contradicts"] = contradictions(probabilities, raw.labels)
+        worst["champion_contradicts"] = worst_contradictions(probabilities, raw.labels)
     accepted = read_digests(present, "train")[:, 0]
     holdout = pd.DataFrame(read_digests(present, "test"), columns=["digest", "near_digest"])
     report = validate_batch(
         table, accepted=accepted, holdout=holdout, reference=read_profile(present)
     )
+
+    def say(row: int) -> str:
+        words = f"{row}: labelled {raw.labels[row]}"
+        if probabilities is None:
+            return words
+        answer = probabilities[row].argmax()
+        return f"{words}, the champion says {answer} ({probabilities[row, answer]:.0%})"
+
+    page = render_report(report, title, {"arriving images": raw.images}, say, worst)
     known = table["digest"].isin(accepted) | table["digest"].duplicated()
-    return table.assign(known=known), report
+    return table.assign(known=known), report, page
+
+
+def _ask(champion: ModelVersion | None, raw: RawBatch) -> "NDArray[np.float32] | None":
+    """Return the champion's probabilities; None if there is none, or it takes no such images."""
+    if champion is None or raw.images.shape[1:] != (SIDE, SIDE):
+        return None
+    from mnist_cnn.evaluation import predict  # noqa: PLC0415 - torch takes 400 MiB
+
+    network, _ = load_model(champion.model)
+    return predict(network, raw.images)
 
 
 def _put_aside(store: Store, verdict: Verdict, reason: str, page: str | None = None) -> Verdict:

@@ -10,6 +10,7 @@ from expectations.reference import (
     FEATURES,
     FeatureProfile,
     ReferenceProfile,
+    compare_profiles,
     drift_table,
     reference_profile,
 )
@@ -214,7 +215,9 @@ def test_a_profile_of_the_same_images_has_no_drift_and_survives_json(arrivals: A
 
 
 def test_the_stability_index_is_the_sum_that_its_definition_states() -> None:
-    profile = ReferenceProfile(features={"ink": FeatureProfile(edges=(0.5,), counts=(749, 249))})
+    profile = ReferenceProfile(
+        features={"ink": FeatureProfile(edges=(0.5,), counts=(749, 249), total=500)}
+    )
     table = pd.DataFrame({"ink": [0.1] * 49 + [0.9] * 49})
 
     index = drift_table(table, profile)["psi_ink"].item()
@@ -230,4 +233,39 @@ def test_a_profile_of_nothing_is_refused(arrivals: Arrivals) -> None:
 
 def test_a_profile_whose_parts_do_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="1 edges and 3 counts; expected ascending edges"):
-        FeatureProfile(edges=(0.5,), counts=(1, 2, 3))
+        FeatureProfile(edges=(0.5,), counts=(1, 2, 3), total=1)
+
+
+def test_a_profile_that_is_extended_counts_all_images_in_the_bins_of_the_first(
+    sample: Splits,
+) -> None:
+    table = image_table(sample[0].images, sample[0].labels)
+    first, rest = table.iloc[:900], table.iloc[900:]
+    before = reference_profile(first)
+    after = before.extended(rest)
+    assert (before.images, after.images) == (900, len(table))
+    for feature, profile in after.features.items():
+        assert profile.edges == before.features[feature].edges
+        assert profile.mean == pytest.approx(table[feature].mean())
+    assert ReferenceProfile.model_validate_json(after.model_dump_json()) == after
+
+
+def test_two_profiles_are_compared_feature_by_feature_and_digit_by_digit(sample: Splits) -> None:
+    train = sample[0]
+    table = image_table(train.images, train.labels)
+    before = reference_profile(table)
+    threes = table[table["label"] == 3]
+    changes = {
+        change.feature: change for change in compare_profiles(before, before.extended(threes))
+    }
+    assert changes["digit 3"].before == pytest.approx(len(threes) / len(table))
+    assert changes["digit 3"].after == pytest.approx(2 * len(threes) / (len(table) + len(threes)))
+    assert changes["label"].stability_index > changes["contrast"].stability_index > 0
+    same = compare_profiles(before, before)
+    assert all(change.before == change.after for change in same)
+
+
+def test_profiles_of_different_data_sets_are_not_compared(sample: Splits) -> None:
+    ours, theirs = (reference_profile(image_table(s.images, s.labels)) for s in sample)
+    with pytest.raises(ValueError, match="different bins of ink: they belong to different data"):
+        compare_profiles(ours, theirs)

@@ -1,5 +1,6 @@
 import re
 from base64 import b64decode
+from html import unescape
 from html.parser import HTMLParser
 from io import BytesIO
 
@@ -53,12 +54,41 @@ def test_the_page_needs_nothing_from_outside(sample: Splits) -> None:
 
     class Reader(HTMLParser):
         def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-            assert tag not in {"script", "link", "iframe"}
-            sources.extend(value or "" for name, value in attrs if name in {"src", "href"})
+            assert tag not in {"script", "link"}
+            sources.extend(value or "" for name, value in attrs if name == "src")
+            documents.extend(value or "" for name, value in attrs if name == "srcdoc")
 
-    Reader().feed(page)
+    documents = [page]
+    for document in documents:  # grows by the documents that are embedded in it
+        Reader().feed(document)
+        assert "url(" not in document
+    assert len(documents) == 3
     assert sources
     assert all(source.startswith("data:image/png;base64,") for source in sources)
+
+
+def test_the_data_docs_of_each_suite_are_in_the_page(sample: Splits) -> None:
+    tables = [image_table(255 - split.images, split.labels) for split in sample]
+    page = unescape(render_report(validate(*tables)))
+    for suite in ("training images", "test images"):
+        assert f'title="Data Docs: {suite}"' in page
+    assert "Statistics" in page
+    assert "Unsuccessful Expectations" in page
+    assert "The middle is brighter than the border: no image is inverted." in page
+
+
+def test_where_no_single_image_is_to_blame_the_first_ones_are_shown() -> None:
+    images = np.arange(30 * 4, dtype=np.uint8).reshape(30, 2, 2)
+    page = render_report(report(rows=()), images={"training images": images})
+    assert len(re.findall(r'alt="image (\d+)"', page)) == 12
+
+
+def test_rows_that_tell_more_are_shown_first_with_what_is_said_of_them() -> None:
+    images = np.arange(30 * 4, dtype=np.uint8).reshape(30, 2, 2)
+    page = render_report(
+        report(), images={"training images": images}, say="row {}".format, worst={"label": [29, 7]}
+    )
+    assert re.findall(r"<figcaption>([^<]*)<", page) == ["row 29", "row 7"]
 
 
 def test_words_from_the_data_cannot_become_markup() -> None:
