@@ -179,9 +179,9 @@ def _digests(images: NDArray[np.uint8]) -> NDArray[np.int64]:
 def _near_digests(middle: NDArray[np.uint8]) -> NDArray[np.int64]:
     """Hash which 2 x 2 blocks are brighter than half, and than twice, the image's mean.
 
-    Of MNIST's 10,000 test images 1.1 % share it with a training image, nearly all of them ones that
-    hardly differ. It stays the same for 96 % of test images at 90 % brightness, 67 % after JPEG at
-    quality 90, 60 % under noise of 3 grey levels.
+    Of the last 10,000 of MNIST's training images 0.9 % share it with one before them, nearly all of
+    them ones that hardly differ. It stays the same for 96 % of them at 90 % brightness, 66 % after
+    JPEG at quality 90, 64 % under noise of 3 grey levels.
     """
     rows = middle[:, ::2].astype(np.int32) + middle[:, 1::2]
     blocks = (rows[:, :, ::2] + rows[:, :, 1::2]).reshape(len(middle), (SIDE // 2) ** 2)

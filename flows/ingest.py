@@ -5,16 +5,17 @@ from typing import Annotated
 from prefect import flow
 from prefect.client.schemas import State
 from prefect.states import Completed, Failed
-from pydantic import Field
+from pydantic import Field, StringConstraints
 
 from tasks.ingest import find_arrivals, ingest_batch, report_ingest
 from tasks.preflight import check_services
 from tasks.records import RejectedSnapshot, ValidatedSnapshot, Verdict
 from tasks.registry import find_champion
-from tasks.snapshot import Dataset, accept_base, take_snapshot
+from tasks.snapshot import Dataset, accept_base, compare_snapshots, take_snapshot
 from tasks.storage import DEFAULT_STORE
 from tasks.validate import validate_snapshot
 
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 QuietMinutes = Annotated[float, Field(ge=0, le=24 * 60)]
 
 
@@ -40,6 +41,22 @@ def ingest(
     accepted = [verdict for verdict in verdicts if verdict.accepted]
     name = "Batches accepted" if accepted else "Batches quarantined" if verdicts else "No batch"
     return Completed(name=name, message=told)
+
+
+@flow(name="ingest", flow_run_name="snapshots of {dataset}")
+def compare(
+    before: Digest, after: Digest, dataset: Dataset = "mnist", store: str = DEFAULT_STORE
+) -> State[object]:
+    """Say what came in between two snapshots, and what it changed in labels and images.
+
+    Args:
+        before: Digest of a snapshot, as the tag `snapshot` of a registered version has it.
+        after: Digest of another one.
+        dataset: Whose snapshots they are.
+        store: Where data and records are kept.
+
+    """
+    return Completed(name="Compared", message=compare_snapshots(dataset, before, after, store))
 
 
 def take_in(

@@ -98,7 +98,7 @@ class DataPart(Fact):
 
 
 class DriftFigure(Fact):
-    """One drift figure of the snapshot against its parent, with its verdict."""
+    """How far one feature has moved from what the data set began with, with its verdict."""
 
     name: str
     value: float
@@ -124,9 +124,11 @@ class DataFacts(Fact):
     expectations_met: int
     expectations: int
     drift: list[DriftFigure]
-    licence: str = "cc-by-sa-3.0"
-    hub_id: str = "ylecun/mnist"
+    licence: str
+    hub_id: str
     """The data set on the Hugging Face Hub that it derives from."""
+    writers: str
+    """A sentence on who wrote the digits that it began with."""
 
 
 class CheckFact(Fact):
@@ -268,7 +270,7 @@ def describe_data(data: DataFacts) -> dict[str, str]:
             ],
         )
         if data.drift
-        else "There is no earlier snapshot to compare with, so that no drift was measured.",
+        else "This is what the data set began with: nothing has arrived that could have drifted.",
     }
 
 

@@ -12,6 +12,7 @@ from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard,
 from prefect import runtime, task
 from prefect.artifacts import create_markdown_artifact
 
+from expectations.reference import WORTH_A_LOOK, compare_profiles
 from mnist_cnn.card import (
     DATA_TEMPLATE,
     MODEL_TEMPLATE,
@@ -20,6 +21,7 @@ from mnist_cnn.card import (
     CheckFact,
     DataFacts,
     DataPart,
+    DriftFigure,
     EnergyFacts,
     HardwareFacts,
     Pictures,
@@ -30,7 +32,9 @@ from mnist_cnn.card import (
 from mnist_cnn.evaluation import Evaluation
 from mnist_cnn.promotion import Decision
 from mnist_cnn.recipe import PROCEDURE
+from tasks.ledger import read_base
 from tasks.records import SPLITS, Candidate, ModelVersion, ValidatedSnapshot
+from tasks.shards import read_profile
 from tasks.storage import Store, worth_another_try
 
 if TYPE_CHECKING:
@@ -45,10 +49,19 @@ _DEVELOPERS = [
     "Rubén Villanueva",
 ]
 _SOFTWARE = ["torch", "torchvision", "numpy", "scikit-learn", "mlflow", "prefect"]
+_MNIST_WRITERS = (
+    "MNIST's writers were employees of the US Census Bureau and US high school students (LeCun, "
+    "Cortes and Burges 1998, http://yann.lecun.com/exdb/mnist/)."
+)
+_SAMPLE_WRITERS = (
+    "The sample's digits are by 13 people, whose names were not kept (Alpaydin and Kaynak 1998, "
+    "https://doi.org/10.24432/C50P49)."
+)
+_OWN_WRITERS = "Who wrote the digits is known to those who brought the data set."
 _SOURCES = {
-    # Licence and name on the Hugging Face Hub, or of the archive where it is not there.
-    "mnist": ("cc-by-sa-3.0", "ylecun/mnist"),
-    "digits": ("cc-by-4.0", "uci/optical-recognition-of-handwritten-digits"),
+    # Licence; name on the Hugging Face Hub, or of the archive where it is not there; writers.
+    "mnist": ("cc-by-sa-3.0", "ylecun/mnist", _MNIST_WRITERS),
+    "digits": ("cc-by-4.0", "uci/optical-recognition-of-handwritten-digits", _SAMPLE_WRITERS),
 }
 
 
@@ -260,7 +273,11 @@ def _data_facts(validated: ValidatedSnapshot, store: Store) -> DataFacts:
         for split in SPLITS
         for number, shard in enumerate(snapshot.shards(split), 1)
     ]
-    licence, hub = _SOURCES[snapshot.dataset]
+    licence, hub, writers = _SOURCES.get(
+        snapshot.dataset, ("other", snapshot.dataset, _OWN_WRITERS)
+    )
+    base = read_base(store, snapshot.dataset) if snapshot.parent else None
+    changes = compare_profiles(read_profile(base), read_profile(snapshot)) if base else []
     return DataFacts(
         name=snapshot.dataset,
         digest=snapshot.digest,
@@ -274,7 +291,17 @@ def _data_facts(validated: ValidatedSnapshot, store: Store) -> DataFacts:
         validation_address=validated.report,
         expectations_met=validated.expectations - len(validated.warnings),
         expectations=validated.expectations,
-        drift=[],
+        drift=[
+            DriftFigure(
+                name=change.feature.replace("_", " "),
+                value=change.stability_index,
+                limit=WORTH_A_LOOK,
+                passed=change.stability_index <= WORTH_A_LOOK,
+            )
+            for change in changes
+            if change.stability_index is not None
+        ],
         licence=licence,
         hub_id=hub,
+        writers=writers,
     )

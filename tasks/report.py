@@ -1,7 +1,10 @@
 """Tell people what a run did: where they look, and in words."""
 
 import json
+import tempfile
 from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
 from urllib.parse import quote
 
 from prefect import runtime, task
@@ -20,7 +23,7 @@ from tasks.records import (
     Snapshot,
     ValidatedSnapshot,
 )
-from tasks.storage import Store, worth_another_try
+from tasks.storage import LINK_LIFE, Store, worth_another_try
 
 _STATE_NAMES: dict[Verdict, str] = {
     "promote": "Promoted",
@@ -33,15 +36,17 @@ _STATE_NAMES: dict[Verdict, str] = {
 def report_rejection(rejected: RejectedSnapshot) -> RunSummary:
     """Publish why the data was refused."""
     snapshot = rejected.snapshot
+    links, note = _data_links(snapshot, rejected.report)
     summary = RunSummary(
         flow_run=str(runtime.flow_run.id),
         verdict="Data rejected",
         reason="; ".join(rejected.failures),
         dataset=snapshot.dataset,
-        links=_data_links(snapshot, rejected.report),
+        links=links,
     )
     failures = "\n".join(f"- {failure}" for failure in rejected.failures)
-    _publish(summary, snapshot, f"Nothing was trained. What the data failed:\n\n{failures}")
+    body = f"Nothing was trained. What the data failed:\n\n{failures}\n\n{note}"
+    _publish(summary, snapshot, body)
     return summary
 
 
@@ -52,6 +57,7 @@ def report_skip(
     """Publish why nothing was trained."""
     snapshot = validated.snapshot
     present = champion.model if champion else None
+    links, note = _data_links(snapshot, validated.report)
     summary = RunSummary(
         flow_run=str(runtime.flow_run.id),
         verdict="Skipped",
@@ -59,9 +65,10 @@ def report_skip(
         dataset=snapshot.dataset,
         champion_before=present,
         champion=present,
-        links=_data_links(snapshot, validated.report),
+        links=links,
     )
-    _publish(summary, snapshot, "Nothing was trained. The parameter `force` trains all the same.")
+    body = f"Nothing was trained. The parameter `force` trains all the same.\n\n{note}"
+    _publish(summary, snapshot, body)
     return summary
 
 
@@ -83,7 +90,7 @@ def report_decision(
     (decision, record), (version, old_champion) = decided, versions
     ours, theirs = measured["candidate"], measured.get("champion")
     champion = version if decision.verdict == "promote" else old_champion
-    form = _approval_form(version) if decision.verdict == "needs-approval" else {}
+    form = _approval_form(version, snapshot.store) if decision.verdict == "needs-approval" else {}
     summary = RunSummary(
         flow_run=str(runtime.flow_run.id),
         verdict=_STATE_NAMES[decision.verdict],
@@ -97,10 +104,18 @@ def report_decision(
         champion_before=old_champion.model if old_champion else None,
         champion=champion.model if champion else None,
         links={
-            **_data_links(snapshot, validated.report),
+            "Prefect run": str(runtime.flow_run.ui_url),
             **_mlflow_links(candidate, version),
             **cards,
-            "decision record": store.link(store.name_of(record)),
+            **_keep_records(
+                candidate,
+                store,
+                {
+                    "decision record": record,
+                    "validation report": validated.report,
+                    "snapshot": snapshot.address,
+                },
+            ),
             **form,
         },
     )
@@ -147,34 +162,63 @@ def _publish(summary: RunSummary, snapshot: Snapshot, body: str) -> None:
     Store(snapshot.store).put(name, summary.model_dump_json(indent=1).encode())
 
 
-def _data_links(snapshot: Snapshot, report: str) -> dict[str, str]:
+def _data_links(snapshot: Snapshot, report: str) -> tuple[dict[str, str], str]:
+    """Return links for a run that no MLflow run remembers, and a note on how long they work."""
     store = Store(snapshot.store)
-    return {
-        "Prefect run": str(runtime.flow_run.ui_url),
-        "validation report": store.link(store.name_of(report)),
-        "snapshot": store.link(store.name_of(snapshot.address)),
-    }
+    kept = {"validation report": report, "snapshot": snapshot.address}
+    links = {name: store.link(store.name_of(address)) for name, address in kept.items()}
+    addresses = "\n".join(f"- {name}: `{address}`" for name, address in kept.items())
+    end = f"{datetime.now(UTC) + LINK_LIFE:%Y-%m-%d %H:%M} UTC"
+    note = f"The links below to what lies in S3 work until {end}; it stays at\n\n{addresses}"
+    return {"Prefect run": str(runtime.flow_run.ui_url), **links}, note
 
 
 def _mlflow_links(candidate: Candidate, version: ModelVersion) -> dict[str, str]:
     import mlflow  # noqa: PLC0415 - 2 s to import
 
     server = mlflow.get_tracking_uri().rstrip("/")
-    experiment = mlflow.get_run(candidate.run_id).info.experiment_id
     return {
-        "MLflow run": f"{server}/#/experiments/{experiment}/runs/{candidate.run_id}",
+        "MLflow run": _mlflow_run(candidate),
         "registered version": f"{server}/#/models/{version.name}/versions/{version.version}",
     }
 
 
-def _approval_form(version: ModelVersion) -> dict[str, str]:
+def _mlflow_run(candidate: Candidate) -> str:
+    import mlflow  # noqa: PLC0415
+
+    experiment = mlflow.get_run(candidate.run_id).info.experiment_id
+    server = mlflow.get_tracking_uri().rstrip("/")
+    return f"{server}/#/experiments/{experiment}/runs/{candidate.run_id}"
+
+
+def _keep_records(candidate: Candidate, store: Store, records: Mapping[str, str]) -> dict[str, str]:
+    """Copy records, given as name and address, into the MLflow run; return links to the copies.
+
+    A link to an object in S3 expires; MLflow shows its artifacts for as long as it has the run.
+    """
+    from mlflow import MlflowClient  # noqa: PLC0415
+
+    links = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, address in records.items():
+            original = store.name_of(address)
+            copy = f"{name.replace(' ', '_')}.{original.rpartition('.')[2]}"
+            (Path(folder) / copy).write_bytes(store.get(original))
+            links[name] = f"{_mlflow_run(candidate)}/artifacts/records/{copy}"
+        MlflowClient().log_artifacts(candidate.run_id, folder, "records")
+    return links
+
+
+def _approval_form(version: ModelVersion, store: str) -> dict[str, str]:
     """Return the link to the form of promote/manual, with what is known filled in."""
     with get_client(sync_client=True) as prefect:
         try:
             form = prefect.read_deployment_by_name("promote/manual").id
         except ObjectNotFound:  # promote/manual is not deployed on this server
             return {}
-    known = quote(json.dumps({"model": version.name, "version": int(version.version)}))
+    known = quote(
+        json.dumps({"model": version.name, "version": int(version.version), "store": store})
+    )
     server = str(PREFECT_UI_URL.value()).rstrip("/")
     return {"approval form": f"{server}/deployments/deployment/{form}/run?parameters={known}"}
 

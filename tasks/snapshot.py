@@ -7,12 +7,14 @@ from typing import Annotated
 from urllib.request import urlopen
 
 from prefect import get_run_logger, task
+from prefect.artifacts import create_table_artifact
 from pydantic import StringConstraints
 
+from expectations.reference import compare_profiles
 from mnist_cnn.digits import Digits, digits_from_idx, embedded_sample
 from tasks.ledger import present_snapshot, read_base, read_ledger, write_base
-from tasks.records import Snapshot, ValidatedSnapshot
-from tasks.shards import write_snapshot
+from tasks.records import SPLITS, Snapshot, ValidatedSnapshot
+from tasks.shards import read_profile, read_snapshot, write_snapshot
 from tasks.storage import Store, worth_another_try
 
 Dataset = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
@@ -79,6 +81,50 @@ def accept_base(validated: ValidatedSnapshot) -> None:
     """Let the data set begin with what was validated, if it has not begun; now it only grows."""
     if validated.snapshot.parent is None:
         write_base(Store(validated.snapshot.store), validated.snapshot)
+
+
+@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+def compare_snapshots(dataset: Dataset, before: str, after: str, store: str) -> str:
+    """Publish what came in between two snapshots, given by their digests, and what it changed.
+
+    Returns a sentence. Raises FileNotFoundError for a digest of no snapshot, ValueError for one of
+    another data set.
+    """
+    place = Store(store)
+    old, new = (read_snapshot(place, dataset, digest) for digest in (before, after))
+    for split in SPLITS:
+        there = {shard.digest for shard in old.shards(split)}
+        came = [shard for shard in new.shards(split) if shard.digest not in there]
+        create_table_artifact(
+            [
+                {"part": shard.digest[:12], "images": str(shard.images), "from": shard.origin}
+                for shard in came
+            ],
+            key=f"came-in-{split}",
+            description=f"What is in {after[:12]} and not in {before[:12]}, {split} split",
+        )
+    changes = compare_profiles(read_profile(old), read_profile(new))
+    rows = [
+        {
+            "figure": change.feature.replace("_", " "),
+            "before": f"{change.before:.4f}",
+            "after": f"{change.after:.4f}",
+            "stability index": ""
+            if change.stability_index is None
+            else f"{change.stability_index:.4f}",
+        }
+        for change in changes
+    ]
+    create_table_artifact(
+        rows, key="changes", description=f"Training images of {before[:12]} and {after[:12]}"
+    )
+    for row in rows:
+        get_run_logger().info("  ".join(row.values()))
+    farthest = max(changes, key=lambda change: change.stability_index or 0)
+    return (
+        f"{old.images('train'):,} training images became {new.images('train'):,}; what moved most "
+        f"is {farthest.feature.replace('_', ' ')}, stability index {farthest.stability_index:.4f}"
+    )
 
 
 def _fetch(name: str, store: Store) -> Snapshot:

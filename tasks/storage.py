@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 DEFAULT_STORE = "s3://mnist-retraining"
 """Where data and records are kept if a run names no other place."""
 
-_DAY = 24 * 3600
+LINK_LIFE = timedelta(days=7)
+"""How long a link works: the longest that signature version 4 allows."""
+
 _CONTENT_TYPES = {
     "json": "application/json",
     "html": "text/html; charset=utf-8",
@@ -175,12 +177,12 @@ class Store:
         return sorted(found, key=lambda entry: entry.name)
 
     def link(self, name: str) -> str:
-        """Return an address that any browser can open for the next seven days."""
+        """Return an address that any browser can open for as long as `LINK_LIFE`."""
         with self._speaking():
             return self._client.generate_presigned_url(
                 "get_object",
                 Params={"Bucket": self.bucket, "Key": self._key(name)},
-                ExpiresIn=7 * _DAY,
+                ExpiresIn=int(LINK_LIFE.total_seconds()),
             )
 
     def check(self) -> None:

@@ -164,6 +164,9 @@ def data_facts(splits: Splits) -> DataFacts:
         expectations_met=12,
         expectations=12,
         drift=[DriftFigure(name="label distance", value=0.0076, limit=0.1, passed=True)],
+        licence="cc-by-4.0",
+        hub_id="uci/optical-recognition-of-handwritten-digits",
+        writers="Thirteen people wrote them.",
     )
 
 
