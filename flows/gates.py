@@ -9,6 +9,7 @@ from tasks.gates import (
     check_decisions,
     check_loading,
     clear,
+    copy_snapshot,
     judge_validation,
     poison,
     report_gates,
@@ -35,7 +36,7 @@ def check_gates(
     """
     scratch = f"{store}/gate-check/{runtime.flow_run.id}"
     try:
-        snapshot = take_snapshot(dataset, scratch)
+        snapshot = copy_snapshot(take_snapshot(dataset, store), scratch)
         champion = find_champion(snapshot.model_name)
         if champion is None:
             sentence = f"{snapshot.model_name} has no champion to plant faults in: run train/weekly"

@@ -38,6 +38,13 @@ class GateResult(BaseModel, frozen=True):
 
 
 @task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+def copy_snapshot(snapshot: Snapshot, scratch: str) -> Snapshot:
+    """Write the data to a store of the check's own, where everything else is planted beside it."""
+    train, test = read_split(snapshot, "train"), read_split(snapshot, "test")
+    return write_snapshot(Store(scratch), snapshot.dataset, train, test, "a copy")
+
+
+@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
 def check_decisions(
     champion: ModelVersion, snapshot: Snapshot, policy: PromotionPolicy | None
 ) -> list[GateResult]:
