@@ -17,6 +17,9 @@ from expectations.reference import ANOTHER_POPULATION, WORTH_A_LOOK
 
 CRITICAL, WARNING = FailureSeverity.CRITICAL, FailureSeverity.WARNING
 
+FEWEST_ARRIVING = 100
+"""Of fewer images nobody can say whether they are upright and rightly labelled."""
+
 MOST = 0.99
 """Share of images that a bound on single images must hold for, where it is not all of them."""
 
@@ -42,19 +45,18 @@ def test_images() -> ExpectationSuite:
     return ExpectationSuite(name="test images", expectations=expectations)
 
 
-def arriving_images(*, with_champion: bool) -> ExpectationSuite:
-    """Return the suite for a batch that wants to become training data.
+def arriving_images(images: int, *, with_champion: bool) -> ExpectationSuite:
+    """Return the suite for a batch of so many images that wants to become training data.
 
     `with_champion` adds what needs the column `champion_contradicts`.
     """
+    together = [*_whole_split(), *(_plausible_labels() if with_champion else ())]
     expectations = [
-        # Of fewer, nobody can say whether they are upright and rightly labelled.
-        *_size(at_least=100),
+        *_size(FEWEST_ARRIVING),
         *_each_image(),
-        *_whole_split(),
         *_new(),
         *_unseen_in("holdout"),
-        *(_plausible_labels() if with_champion else ()),
+        *(together if images >= FEWEST_ARRIVING else ()),
     ]
     return ExpectationSuite(name="arriving images", expectations=expectations)
 
@@ -161,6 +163,14 @@ def _each_image() -> list[gxe.Expectation]:
             severity=CRITICAL,
             description="Ink covers as much of an image as a digit does.",
         ),
+        gxe.ExpectColumnValuesToBeBetween(
+            column="stroke_length",
+            min_value=5,  # M 13.4 and S 18.8 at least
+            max_value=100,  # M 77.8 and S 45.6 at most; noise in a frame 148, over all 275 at least
+            mostly=MOST,
+            severity=CRITICAL,
+            description="The ink is as long as a pen's stroke: no image is specks or noise.",
+        ),
         gxe.ExpectColumnValuesToBeUnique(
             column="digest",
             mostly=MOST,
@@ -185,6 +195,16 @@ def _whole_split() -> list[gxe.Expectation]:
             description=f"Images resemble their digit better than the digit {turn}.",
         )
         for turn in TURNS
+    ]
+    turned = [
+        gxe.ExpectColumnValuesToBeBetween(
+            column="upright_over_any",
+            min_value=-0.2,
+            mostly=mostly,  # M 0.992; S 0.989
+            severity=severity,
+            description="Hardly any image is much more like its digit turned or mirrored.",
+        )
+        for mostly, severity in ((0.98, WARNING), (0.95, CRITICAL))
     ]
     return [
         gxe.ExpectColumnUniqueValueCountToBeBetween(
@@ -231,6 +251,7 @@ def _whole_split() -> list[gxe.Expectation]:
             description="Digits stand in the middle, top to bottom, on average.",
         ),
         *upright,
+        *turned,
         gxe.ExpectColumnValuesToBeInSet(
             column="label_match",
             value_set=[True],

@@ -102,9 +102,14 @@ def validate_batch(
         near_holdout=table["near_digest"].isin(holdout["near_digest"]),
     )
     with_champion = "champion_contradicts" in joined
-    pairs = [(suites.arriving_images(with_champion=with_champion), joined)]
+    pairs = [(suites.arriving_images(len(table), with_champion=with_champion), joined)]
     skipped = []
-    if not with_champion:
+    if len(table) < suites.FEWEST_ARRIVING:
+        skipped.append(
+            "what holds for images together, as that they are upright and rightly labelled: "
+            f"there are {len(table)}, expected at least {suites.FEWEST_ARRIVING}"
+        )
+    elif not with_champion:
         skipped.append("the champion's view of the labels: no champion was asked")
     if reference is None:
         skipped.append("the distribution: no reference profile was given")

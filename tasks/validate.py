@@ -31,7 +31,9 @@ def validate_snapshot(snapshot: Snapshot) -> ValidatedSnapshot | RejectedSnapsho
         image_table(train.images, train.labels), image_table(test.images, test.labels)
     )
     store.put(f"{folder}/results.json", json.dumps(report.raw).encode())
-    page = store.put(f"{folder}/report.html", render_report(report).encode())
+    title = f"Snapshot {snapshot.digest[:12]} of {snapshot.dataset}"
+    images = {"training images": train.images, "test images": test.images}
+    page = store.put(f"{folder}/report.html", render_report(report, title, images).encode())
     warnings = [finding.sentence for finding in report.warnings]
     for sentence in warnings:
         logger.warning(sentence)

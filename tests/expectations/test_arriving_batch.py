@@ -178,15 +178,71 @@ def test_one_class_only_is_refused(arrivals: Arrivals) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 99])
-def test_a_batch_too_small_to_judge_is_refused(arrivals: Arrivals, count: int) -> None:
+def test_a_batch_too_small_to_judge_is_refused_for_that_alone(
+    arrivals: Arrivals, count: int
+) -> None:
     images, labels = (values[:count] for values in arrivals.new)
 
     report = arrivals.judged(images, labels)
 
-    assert (
-        "arriving images: expect_table_row_count_to_be_between(): "
-        f"observed {count}, expected 100 to 10000000"
-    ) in [finding.sentence for finding in report.critical]
+    assert [finding.sentence for finding in report.critical] == [
+        (
+            "arriving images: expect_table_row_count_to_be_between(): "
+            f"observed {count}, expected 100 to 10000000"
+        )
+    ]
+    assert f"there are {count}, expected at least 100" in report.skipped[0]
+
+
+def test_a_small_batch_is_judged_image_by_image(arrivals: Arrivals) -> None:
+    images, labels = (values[:5].copy() for values in arrivals.new)
+    images[2] = 0
+
+    assert {None, "blank", "constant"} <= columns(arrivals.judged(images, labels))
+
+
+def inverted(images: Images) -> Images:
+    return 255 - images
+
+
+def rotated(images: Images) -> Images:
+    return np.rot90(images, 1, (1, 2))
+
+
+def noise(images: Images) -> Images:
+    return RNG.integers(0, 256, images.shape, np.uint8)
+
+
+def framed_noise(images: Images) -> Images:
+    return np.pad(noise(images)[:, 4:-4, 4:-4], ((0, 0), (4, 4), (4, 4)))
+
+
+PARTS: dict[str, tuple[Callable[[Images], Images], str]] = {
+    "inverted": (inverted, "border"),
+    "rotated by 90": (rotated, "upright_over_any"),
+    "rotated by 270": (lambda x: np.rot90(x, 3, (1, 2)), "upright_over_any"),
+    "transposed": (lambda x: x.transpose(0, 2, 1), "upright_over_any"),
+    "noise": (noise, "border"),
+    "noise in a frame": (framed_noise, "stroke_length"),
+    "scaled to 0-1": (lambda x: x // 255, "maximum"),
+    "scaled to 0-15": (lambda x: x // 17, "maximum"),
+    "shifted by 40": (lambda x: np.minimum(x, 215) + 40, "minimum"),
+    "blank": (lambda x: x * 0, "blank"),
+}
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3])
+@pytest.mark.parametrize("fault", PARTS)
+def test_a_batch_of_which_a_part_is_faulty_is_refused(
+    arrivals: Arrivals, fault: str, share: float
+) -> None:
+    change, column = PARTS[fault]
+    images, labels = arrivals.new
+    rows = np.arange(len(images)) % round(1 / share) == 0
+    planted = images.copy()
+    planted[rows] = change(images[rows])
+
+    assert column in columns(arrivals.judged(planted, labels))
 
 
 def test_what_cannot_be_judged_is_named(arrivals: Arrivals) -> None:
