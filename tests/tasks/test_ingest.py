@@ -15,7 +15,7 @@ from deployments.stack import PROJECT
 from mnist_cnn.digits import Digits, embedded_sample, write_idx
 from tasks.batch_files import write_parquet
 from tasks.ingest import Arrivals, find_arrivals, ingest_batch
-from tasks.ledger import present_snapshot, read_ledger, write_base
+from tasks.ledger import folder_of, present_snapshot, read_ledger, write_base
 from tasks.records import ModelVersion, Snapshot, Verdict
 from tasks.shards import read_split, write_snapshot
 from tasks.storage import Store
@@ -282,8 +282,11 @@ def test_labels_that_the_champion_contradicts_are_refused(
     drop(store, "monday", idx(damage(NEW)))
     verdict = ingest_batch.fn(base, "monday", champion)
     assert verdict
-    assert verdict.accepted == accepted
-    assert ("champion_contradicts" in verdict.reason) != accepted
+    assert verdict.accepted == accepted, verdict.reason
+    if not accepted:
+        assert "champion_contradicts" in verdict.reason
+        report = Store(base.store).get(f"{folder_of(verdict)}report.html").decode()
+        assert "the champion says" in report
 
 
 # Each kind of unreadable batch, and what the reason says; tests/tasks/test_batch_files.py has more.
