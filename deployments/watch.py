@@ -13,6 +13,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterTags
 from prefect.client.schemas.objects import FlowRun, TaskRun
 from prefect.client.schemas.sorting import TaskRunSort
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from deployments.stack import PROJECT, Stack, StackError, environment
 
@@ -25,10 +26,11 @@ def speaking_to_prefect(*, local: bool = False) -> Iterator[SyncPrefectClient]:
     """
     if local or "PREFECT_API_URL" not in os.environ:
         os.environ |= environment(Stack.configured())
-    with get_client(sync_client=True) as prefect:
+    url = os.environ["PREFECT_API_URL"]  # which Prefect has read already if it was imported before
+    with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as prefect:
         if fault := prefect.api_healthcheck():
             raise StackError(
-                f"the Prefect server does not answer at {os.environ['PREFECT_API_URL']} ({fault}); "
+                f"the Prefect server does not answer at {url} ({fault}); "
                 "start the local one with `make up`, or correct PREFECT_API_URL"
             )
         yield prefect

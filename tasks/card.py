@@ -260,7 +260,8 @@ def _data_facts(validated: ValidatedSnapshot, store: Store) -> DataFacts:
         for split in SPLITS
         for number, shard in enumerate(snapshot.shards(split), 1)
     ]
-    licence, hub = _SOURCES[snapshot.dataset]
+    # Of a data set of one's own nobody here knows the licence.
+    licence, hub = _SOURCES.get(snapshot.dataset, ("other", snapshot.dataset))
     return DataFacts(
         name=snapshot.dataset,
         digest=snapshot.digest,
