@@ -128,9 +128,12 @@ def divide(known: Digits, sizes: tuple[int, int, int, int, int]) -> Parts:
 
 def begin(dataset: str, parts: Parts) -> None:
     """Put the archives there that the data set begins with."""
-    arrays = [parts.train.images, parts.train.labels, parts.test.images, parts.test.labels]
-    for name, array in zip(BASE_ARCHIVES, arrays, strict=True):
-        content = write_idx(array.astype(np.uint8))
+    contents = [
+        write_idx(array)
+        for split in (parts.train, parts.test)
+        for array in (split.images, split.labels.astype(np.uint8))
+    ]
+    for name, content in zip(BASE_ARCHIVES, contents, strict=True):
         Store(DEFAULT_STORE).put(f"datasets/{dataset}/base/{name}", content)
 
 

@@ -16,10 +16,10 @@ from prefect.client.schemas.objects import FlowRun
 
 from deployments.drop import announce, drop
 from deployments.stack import PROJECT, Stack
-from mnist_cnn.digits import Digits, embedded_sample, write_idx
+from deployments.tour import begin, sample_parts
+from mnist_cnn.digits import Digits, embedded_sample
 from tasks.batch_files import BadBatch, write_parquet
 from tasks.ledger import read_ledger
-from tasks.snapshot import BASE_ARCHIVES
 from tasks.storage import DEFAULT_STORE, Store
 
 QUIET_SECONDS = 10  # the least that Prefect allows
@@ -41,14 +41,6 @@ def soon(stack: Stack) -> Iterator[None]:
 def dimmed(digits: Digits, by: float) -> Digits:
     """Return digits that nobody has seen, of a slightly thinner ink."""
     return Digits((digits.images * (1 - by)).astype(np.uint8), digits.labels)
-
-
-def begin(dataset: str) -> None:
-    train, test = embedded_sample()
-    arrays = [train.images, train.labels, test.images, test.labels]
-    for name, array in zip(BASE_ARCHIVES, arrays, strict=True):
-        content = write_idx(array.astype(np.uint8))
-        Store(DEFAULT_STORE).put(f"datasets/{dataset}/base/{name}", content)
 
 
 def runs_of(flow: str, dataset: str) -> list[FlowRun]:
@@ -74,11 +66,12 @@ def ended(flow: str, dataset: str) -> Callable[[], bool]:
 
 def test_ten_drops_make_one_ingest_and_then_one_training(stack: Stack, soon: None) -> None:
     dataset = "ten-drops"
-    begin(dataset)
-    images = embedded_sample()[0]
+    parts = sample_parts()
+    begin(dataset, parts)
+    images = parts.train
     with get_client(sync_client=True) as prefect:
         for number in range(10):
-            batch = dimmed(images.part(100 * number, 100 * number + 400), (1 + number) / 100)
+            batch = dimmed(images.part(60 * number, 60 * number + 400), (1 + number) / 100)
             drop(dataset, f"batch-{number}", {"part.parquet": write_parquet(batch)})
             announce(prefect, dataset, f"batch-{number}")
     wait_until(ended("ingest", dataset), 180)
