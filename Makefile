@@ -3,13 +3,20 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo run test up down status approve reject rollback history check clean
+.PHONY: demo run tour drop test up down status approve reject rollback history check clean
 
 demo: $(STAMP) ## set everything up, retrain once through the real stack, show what happened
 	$(BIN)/python -m deployments.demo --start --param dataset=auto
 
 run: $(STAMP) ## retrain once on the stack that is up: make run PARAMS="--param dataset=digits"
 	$(BIN)/python -m deployments.demo $(PARAMS)
+
+tour: $(STAMP) ## five weeks in a few minutes: good data, bad data, no data, a rollback
+	$(BIN)/python -m deployments.tour
+
+drop: export BATCH := $(BATCH)
+drop: $(STAMP) ## a batch arrives: make drop FILES="images-idx3-ubyte labels-idx1-ubyte" BATCH=name [DATASET=mnist]
+	$(BIN)/python -m deployments.drop --batch "$$BATCH" --dataset "$(or $(DATASET),mnist)" $(FILES)
 
 # Two processes, each with servers of its own: most of the time is waiting. With one thread each,
 # because threads that wait for each other's core make training up to forty times slower.

@@ -1,7 +1,11 @@
 """Every deployment names a flow that exists and parameters that it accepts."""
 
+from uuid import UUID
+
 import pytest
 import yaml
+from prefect.cli.deploy._triggers import _initialize_deployment_triggers
+from prefect.server.events.schemas.automations import AutomationCore
 from prefect.utilities.importtools import import_object
 
 from deployments.stack import PROJECT
@@ -36,3 +40,41 @@ def test_the_weekly_run_is_scheduled_in_a_time_zone_and_never_twice_at_once() ->
     assert weekly["name"] == "weekly"
     assert weekly["schedules"][0].keys() >= {"cron", "timezone"}
     assert weekly["concurrency_limit"] == {"limit": 1, "collision_strategy": "CANCEL_NEW"}
+
+
+def only(deployment: str) -> dict:
+    (found,) = (d for d in DEPLOYMENTS if f"{d['entrypoint']}/{d['name']}" == deployment)
+    return found
+
+
+def test_ten_arrivals_of_a_data_set_make_one_ingest_once_it_is_quiet() -> None:
+    (arrivals,) = only("flows.ingest.ingest/on-arrival")["triggers"]
+    assert arrivals["posture"] == "Proactive"
+    assert arrivals["after"] == arrivals["expect"] == ["batch.arrived"]
+    assert arrivals["for_each"] == ["prefect.resource.id"]
+    assert arrivals["within"] >= 10  # Prefect allows no less
+
+
+def test_training_begins_when_a_run_of_on_arrival_accepted_something_and_not_otherwise() -> None:
+    (accepted,) = only("flows.train.train/weekly")["triggers"]
+    assert accepted["expect"] == ["prefect.flow-run.Batches accepted"]
+    assert accepted["match_related"] == {
+        "prefect.resource.role": "deployment",
+        "prefect.resource.name": "on-arrival",
+    }
+    assert import_object("flows.ingest.ingest").parameters.properties.keys() <= (
+        import_object("flows.train.train").parameters.properties.keys()
+    )
+
+
+def test_producers_that_say_nothing_are_served_by_a_schedule() -> None:
+    on_arrival = only("flows.ingest.ingest/on-arrival")
+    assert on_arrival["schedules"][0]["active"]
+    assert on_arrival["concurrency_limit"] == {"limit": 1, "collision_strategy": "ENQUEUE"}
+
+
+@pytest.mark.parametrize("trigger", [t for d in DEPLOYMENTS for t in d.get("triggers", [])])
+def test_a_trigger_is_one_that_prefect_accepts(trigger: dict) -> None:
+    (made,) = _initialize_deployment_triggers("any", [trigger])
+    made.set_deployment_id(UUID(int=0))
+    assert AutomationCore.model_validate(made.as_automation().model_dump()).name == trigger["name"]

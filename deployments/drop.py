@@ -1,0 +1,63 @@
+"""Drop a batch where runs look for it, and say that it has arrived.
+
+`make drop` uses what `PREFECT_API_URL` names, or the local stack that is up.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.events import Event, Resource
+
+from deployments.stack import StackError
+from deployments.watch import speaking_to_prefect
+from tasks.batch_files import MARKER, BadBatch, check_names
+from tasks.ledger import incoming_folder
+from tasks.storage import DEFAULT_STORE, Store
+
+
+def main() -> int:
+    """Return 0 only if the batch lies there whole and its arrival was told."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch", required=True, help="its name, which was never used before")
+    parser.add_argument("--dataset", default="mnist")
+    parser.add_argument("files", nargs="+", type=Path, help="an IDX pair, or Parquet files")
+    words = parser.parse_args()
+    try:
+        files = {path.name: path.read_bytes() for path in words.files}
+        with speaking_to_prefect() as prefect:
+            where = drop(words.dataset, words.batch, files)
+            announce(prefect, words.dataset, words.batch)
+    except (BadBatch, OSError, StackError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"{where} holds {len(files)} files. A minute after the last arrival ingest/on-arrival")
+    print(
+        "judges them. What it accepts begins train/weekly, what it refuses lies with the reason in"
+    )
+    print(where.replace("/incoming/", "/quarantine/NUMBER-"))
+    return 0
+
+
+def drop(dataset: str, batch: str, files: dict[str, bytes]) -> str:
+    """Upload a batch, the marker last, and return its address; BadBatch if it cannot be one."""
+    check_names({f"{batch}.parquet": 1})  # a batch is named as plainly as its files
+    check_names({name: len(content) for name, content in files.items()})
+    store, folder = Store(DEFAULT_STORE), incoming_folder(dataset, batch)
+    if store.names(folder):
+        raise BadBatch(f"{store.address_of(folder)} holds files already: choose another name")
+    for name, content in [*files.items(), (MARKER, b"")]:
+        store.put(f"{folder}{name}", content)
+    return store.address_of(folder)
+
+
+def announce(prefect: SyncPrefectClient, dataset: str, batch: str) -> None:
+    """Emit the event that deployments/prefect.yaml waits for."""
+    resource = Resource({"prefect.resource.id": f"dataset.{dataset}"})
+    event = Event(event="batch.arrived", resource=resource, payload={"batch": batch})
+    prefect.request("POST", "/events", json=[event.model_dump(mode="json")])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""Make the runs that a person would make, and tell what they do."""
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from uuid import uuid4
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterTags
+from prefect.client.schemas.objects import FlowRun, TaskRun
+from prefect.client.schemas.sorting import TaskRunSort
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from deployments.stack import PROJECT, Stack, StackError, environment
+
+
+@contextmanager
+def speaking_to_prefect(*, local: bool = False) -> Iterator[SyncPrefectClient]:
+    """Speak to the server that `PREFECT_API_URL` names, else, or if `local`, to the local stack.
+
+    Raises StackError if it does not answer.
+    """
+    if local or "PREFECT_API_URL" not in os.environ:
+        os.environ |= environment(Stack.configured())
+    url = os.environ["PREFECT_API_URL"]  # which Prefect has read already if it was imported before
+    with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as prefect:
+        if fault := prefect.api_healthcheck():
+            raise StackError(
+                f"the Prefect server does not answer at {url} ({fault}); "
+                "start the local one with `make up`, or correct PREFECT_API_URL"
+            )
+        yield prefect
+
+
+def trigger(prefect: SyncPrefectClient, deployment: str, params: list[str]) -> FlowRun:
+    """Type the command that a person would type, and find the run that it made."""
+    spoken = ["deployment", "run", deployment]
+    spoken += [word for param in params for word in ("--param", param)]
+    print(f"\n$ prefect {shlex.join(spoken)}", flush=True)
+    tag = f"typed-{uuid4().hex[:8]}"
+    command = [sys.executable, "-m", "prefect", *spoken, "--tag", tag]
+    typed = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    if typed.returncode:
+        raise StackError(f"the run could not be made:\n{typed.stdout}{typed.stderr}")
+    (run,) = prefect.read_flow_runs(
+        flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=[tag]))
+    )
+    return run
+
+
+def watch(prefect: SyncPrefectClient, run: FlowRun) -> FlowRun:
+    """Wait for the run's end, telling each stage as it begins."""
+    began, told = time.monotonic(), set[str]()
+    while not (run.state and run.state.is_final()):
+        for stage in stages(prefect, run):
+            if stage.name not in told:
+                told.add(stage.name)
+                print(f"{time.monotonic() - began:6.1f} s  {title(stage)}", flush=True)
+        time.sleep(0.5)
+        run = prefect.read_flow_run(run.id)
+    return run
+
+
+def stages(prefect: SyncPrefectClient, run: FlowRun) -> list[TaskRun]:
+    """Return what the run has begun, in order."""
+    return prefect.read_task_runs(
+        flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id])),
+        sort=TaskRunSort.EXPECTED_START_TIME_ASC,
+    )
+
+
+def title(stage: TaskRun) -> str:
+    """Return a stage's name as a person would write it."""
+    return stage.name.rsplit("-", 1)[0].replace("_", " ")
+
+
+def say_verdict(run: FlowRun) -> None:
+    """Print the state in which the run ended, and why."""
+    assert run.state
+    print(f"\n{str(run.state.name).upper()}: {run.state.message}\n")

@@ -1,0 +1,59 @@
+"""The pieces of the tour, on the embedded sample."""
+
+import numpy as np
+import pytest
+
+from deployments.tour import POLICY, Parts, Row, sample_parts, table
+from expectations.image_table import image_table
+from expectations.reference import reference_profile
+from expectations.validation import validate_batch
+from mnist_cnn.comparison import images_to_prove
+from mnist_cnn.digits import Digits
+from mnist_cnn.promotion import evidence_level
+
+
+@pytest.fixture(scope="module")
+def parts() -> Parts:
+    return sample_parts()
+
+
+def test_each_tour_is_cut_alike_and_no_image_is_in_two_parts(parts: Parts) -> None:
+    again = sample_parts()
+    assert again.good.digest() == parts.good.digest()
+    assert again.shuffled.digest() == parts.shuffled.digest()
+    upright = Digits(255 - parts.inverted.images, parts.inverted.labels)
+    pieces = [parts.train, parts.test, parts.good, parts.shuffled, upright]
+    images = np.concatenate([piece.images for piece in pieces])
+    assert len(np.unique(images.reshape(len(images), -1), axis=0)) == len(images)
+
+
+def test_the_margins_can_be_proved_with_the_images_that_there_are(parts: Parts) -> None:
+    level = evidence_level(POLICY.alpha, 2)
+    assert images_to_prove(POLICY.overall_margin, level) <= len(parts.test)
+    assert images_to_prove(POLICY.factor_margin, level) <= len(parts.test)
+    assert images_to_prove(POLICY.class_margin, level) <= np.bincount(parts.test.labels).min()
+
+
+def test_the_table_has_equal_columns() -> None:
+    rows = [Row("1", "base (1,500)", "Promoted", "95.00%", "version 1", "40")]
+    head, line = table(rows).splitlines()
+    assert head.split() == ["week", "arrived", "verdict", "accuracy", "champion", "seconds"]
+    assert line.index("Promoted") == head.index("verdict")
+
+
+def test_what_arrives_in_the_second_week_is_good_and_in_the_third_bad(parts: Parts) -> None:
+    held = image_table(parts.train.images, parts.train.labels)
+    holdout = image_table(parts.test.images, parts.test.labels)[["digest", "near_digest"]]
+
+    def critical(digits: Digits) -> set[str]:
+        report = validate_batch(
+            image_table(digits.images, digits.labels),
+            accepted=held["digest"].to_numpy(),
+            holdout=holdout,
+            reference=reference_profile(held),
+        )
+        return {finding.sentence for finding in report.critical}
+
+    assert not critical(parts.good)
+    assert critical(parts.inverted)
+    assert critical(parts.shuffled)
