@@ -57,14 +57,19 @@ def warp(images: Tensor, warps: Tensor, degrees: float, stretch: float) -> Tenso
     """
     if not degrees and not stretch:
         return images
-    turn, shear, wide, high = warps.unbind(1)
+    turn, shear, wide, high = warps.view(-1, 4, 1, 1).unbind(1)
     angle = turn * math.radians(degrees)
-    across, down = 1 + stretch * wide, 1 + stretch * high
-    nothing = torch.zeros_like(turn)
-    rows = [across * angle.cos(), stretch * shear - angle.sin(), nothing]
-    rows += [angle.sin(), down * angle.cos(), nothing]
-    theta = torch.stack(rows, 1).view(-1, 2, 3)
+    side = images.shape[-1]
+    # affine_grid's own product of matrices, three columns wide, takes a tenth of a training.
+    across = (2 * torch.arange(side, device=images.device) + 1) / side - 1
+    down = across.view(-1, 1)
+    grid = torch.empty(len(images), side, side, 2, device=images.device)
+    torch.add(
+        (1 + stretch * wide) * angle.cos() * across,
+        (stretch * shear - angle.sin()) * down,
+        out=grid[..., 0],
+    )
+    torch.add(angle.sin() * across, (1 + stretch * high) * angle.cos() * down, out=grid[..., 1])
     pixels = images.unsqueeze(1).float()
-    grid = functional.affine_grid(theta, list(pixels.shape), align_corners=False)
     warped = functional.grid_sample(pixels, grid, align_corners=False)
     return warped.squeeze(1).round().to(torch.uint8)

@@ -82,7 +82,7 @@ class Learner:
             last = first + self.micro_batch >= self._share
             with nullcontext() if last or self._world == 1 else self._net.no_sync():  # type: ignore[operator]  # DDP's
                 with torch.autocast(self._place.type, self.dtype, self.dtype != torch.float32):
-                    logits = self._net(images[part])
+                    logits = self._net(images[part].to(self.dtype))
                 loss = functional.cross_entropy(
                     logits,
                     labels[part],

@@ -43,8 +43,8 @@ class GroupedBatchNorm(nn.BatchNorm2d):
 class DigitCNN(nn.Module):
     """A small convolutional network over 28 x 28 grey images.
 
-    `forward` takes uint8 (N, 28, 28), 0 for background and 255 for ink, and returns float32 logits
-    (N, 10).
+    `forward` takes (N, 28, 28), 0 for background and 255 for ink, as uint8 or in the dtype of the
+    convolutions, and returns float32 logits (N, 10).
     """
 
     def __init__(self, channels: tuple[int, int, int, int] = (16, 32, 32, 64)) -> None:
@@ -71,7 +71,7 @@ class DigitCNN(nn.Module):
         """Return logits of uint8 images."""
         # Neither centred nor scaled: the first normalisation undoes both, and a byte is exact in
         # bfloat16 as it stands.
-        pixels = images.unsqueeze(1).float()
+        pixels = (images if images.is_floating_point() else images.float()).unsqueeze(1)
         hidden = self.features(pixels.contiguous(memory_format=torch.channels_last))
         logits: Tensor = self.classify(hidden.flatten(1))
         return logits.float()
