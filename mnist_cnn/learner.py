@@ -9,6 +9,7 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional
 
 from mnist_cnn.device import choose_precision
+from mnist_cnn.digits import SIDE
 from mnist_cnn.model import DigitCNN
 from mnist_cnn.optimization import Optimizer
 from mnist_cnn.recipe import TrainingConfig
@@ -45,6 +46,12 @@ class Learner:
         self._net: nn.Module = self.model
         if world > 1:
             self._net = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
+        cuda = place.type == "cuda"
+        self.compiled = config.compile == "always" or (config.compile == "auto" and cuda)
+        if self.compiled:
+            self._forward = torch.compile(self._net, dynamic=False)
+        else:
+            self._forward = self._net
         self._optimizer = Optimizer(
             self.model.named_parameters(),
             filter_rate=self._recipe.filter_rate,
@@ -60,18 +67,29 @@ class Learner:
         Raises MemoryError when halving would change the mathematics. On a GPU nothing here waits
         for the device.
         """
-        while True:
-            try:
-                sums = self._gradients(images, labels)
-                break
-            except RuntimeError as error:
-                if not _out_of_memory(error):
-                    raise
-                self._halve(error)
+        sums = self._gradients_in_memory(images, labels)
         warm = self._recipe.warmup * steps
         rising = number / warm if warm else 1.0
         self._optimizer.step(number, min(rising, (steps - number + 1) / (steps - warm)))
         self._sums += sums
+
+    def warm_up(self) -> None:
+        """Compile, and let a GPU's libraries choose, over blank images; learns nothing."""
+        if not self.compiled and self._place.type != "cuda":
+            return
+        blank = torch.zeros(self._share, SIDE, SIDE, dtype=torch.uint8, device=self._place)
+        zeros = torch.zeros(self._share, dtype=torch.int64, device=self._place)
+        self._gradients_in_memory(blank, zeros).tolist()  # waits for the device
+        self._optimizer.zero_grad()
+
+    def _gradients_in_memory(self, images: Tensor, labels: Tensor) -> Tensor:
+        while True:
+            try:
+                return self._gradients(images, labels)
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+                self._halve(error)
 
     def _gradients(self, images: Tensor, labels: Tensor) -> Tensor:
         """Add up the gradients of the batch's mean loss; return the sums of loss and of right."""
@@ -82,7 +100,7 @@ class Learner:
             last = first + self.micro_batch >= self._share
             with nullcontext() if last or self._world == 1 else self._net.no_sync():  # type: ignore[operator]  # DDP's
                 with torch.autocast(self._place.type, self.dtype, self.dtype != torch.float32):
-                    logits = self._net(images[part].to(self.dtype))
+                    logits = self._forward(images[part].to(self.dtype))
                 loss = functional.cross_entropy(
                     logits,
                     labels[part],

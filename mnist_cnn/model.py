@@ -1,8 +1,11 @@
 """The CNN: raw pixels in, logits out, so that whoever loads it needs no preprocessing."""
 
+from copy import deepcopy
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mnist_cnn.digits import CLASSES
 
@@ -92,6 +95,26 @@ class DigitCNN(nn.Module):
         for norm, group in zip(self._norms(), groups, strict=True):
             norm.momentum, norm.group = 0.0, group
         self.eval()
+
+    @torch.no_grad()
+    def folded(self) -> "DigitCNN":
+        """Return a copy for prediction, the normalisations being folded into the convolutions.
+
+        Its logits differ by rounding alone. A normalisation that follows max-pooling stays if it
+        turns a channel's sign, because the largest value would then become the smallest.
+        """
+        model = deepcopy(self).eval()
+        layers: list[nn.Module] = []
+        for layer in model.features:
+            if isinstance(layer, nn.BatchNorm2d):
+                pools = isinstance(layers[-1], nn.MaxPool2d)
+                conv = layers[-2] if pools else layers[-1]
+                if isinstance(conv, nn.Conv2d) and (not pools or bool((layer.weight > 0).all())):
+                    layers[-2 if pools else -1] = fuse_conv_bn_eval(conv, layer)
+                    continue
+            layers.append(layer)
+        model.features = nn.Sequential(*layers)
+        return model
 
     def _norms(self) -> list[GroupedBatchNorm]:
         return [module for module in self.modules() if isinstance(module, GroupedBatchNorm)]

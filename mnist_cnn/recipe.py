@@ -31,8 +31,8 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
 
 # Chosen on the last 10,000 of MNIST's training images, never on its test split.
 _STANDARD = Recipe(
-    epochs=4,
-    batch_size=512,
+    epochs=2.5,
+    batch_size=256,
     norm_group=256,
     channels=(16, 32, 32, 64),
     filter_rate=0.1,
@@ -46,12 +46,16 @@ _STANDARD = Recipe(
     stretch=0.05,
 )
 RECIPES: dict[Preset, Recipe] = {
-    "quick": _STANDARD.model_copy(
-        update={"epochs": 0.75, "batch_size": 256, "degrees": 0, "stretch": 0}
-    ),
+    "quick": _STANDARD.model_copy(update={"epochs": 0.75, "degrees": 0, "stretch": 0}),
     "standard": _STANDARD,
     "best": _STANDARD.model_copy(
-        update={"epochs": 8, "channels": (32, 64, 64, 128), "degrees": 10, "stretch": 0.1}
+        update={
+            "epochs": 8,
+            "batch_size": 512,
+            "channels": (32, 64, 64, 128),
+            "degrees": 10,
+            "stretch": 0.1,
+        }
     ),
 }
 
@@ -107,6 +111,11 @@ class TrainingConfig(BaseModel, frozen=True, extra="forbid"):
         default=True,
         description="On a GPU: bitwise the same weights for the same seed, at the cost of speed. "
         "A CPU repeats itself anyway.",
+    )
+    compile: Literal["auto", "never", "always"] = Field(
+        "auto",
+        description="torch.compile, before the clock starts; auto: on cuda alone. A CPU needs "
+        "a C++ compiler for it and takes longer than it spares.",
     )
     checkpoint_every_steps: int = Field(
         100, ge=1, description="Steps between checkpoints, if there is a place to keep them."

@@ -87,6 +87,8 @@ class Training:
     device: str
     seconds: float
     """Spent training, those before a resumption included."""
+    warmup_seconds: float
+    """Spent before that on compiling and warming up, by this call alone."""
     outcome: Outcome
     steps: int
     resumed_from: int | None
@@ -175,6 +177,10 @@ class _Run:
         stop: Callable[[], str | None],
     ) -> Training:
         resumed, warnings = self._resume(checkpoints) if checkpoints is not None else (None, [])
+        began = time.perf_counter()
+        if self._state.step < self._steps:
+            self._learner.warm_up()
+        warmup_seconds = time.perf_counter() - began
         writer = Writer(checkpoints) if checkpoints is not None and self._leads else None
         try:
             self._loop(on_progress, on_epoch, writer, stop)
@@ -192,6 +198,7 @@ class _Run:
             history=self._state.history,
             device=str(self._place),
             seconds=self._state.seconds,
+            warmup_seconds=warmup_seconds,
             outcome=self._state.outcome,
             steps=self._state.step,
             resumed_from=resumed,
@@ -322,6 +329,7 @@ class _Run:
             **self._recipe.model_dump(),
             **self._config.model_dump(include={"min_steps", "seed", "validation_share"}),
             "precision": str(self._learner.dtype),
+            "compiled": self._learner.compiled,
         }
         shapes = {name: list(tensor.shape) for name, tensor in self._learner.state().items()}
         return {

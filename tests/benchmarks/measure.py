@@ -28,6 +28,7 @@ from mnist_cnn.checkpoint import LocalCheckpoints
 from mnist_cnn.device import Device, choose_device, choose_precision
 from mnist_cnn.digits import SIDE, Digits, digits_from_idx, embedded_sample
 from mnist_cnn.model import DigitCNN
+from mnist_cnn.onnx_graph import to_onnx
 from mnist_cnn.recipe import TrainingConfig
 from mnist_cnn.training import train
 
@@ -279,20 +280,37 @@ def measure_inference(preset: str, device: Device, rounds: int, *, compiled: boo
 def _ways(model: DigitCNN, *, compiled: bool) -> tuple[dict[str, Predict], dict[str, Predict]]:
     """Return the ways to predict in batches and those to predict one image."""
     import mlflow.pytorch  # noqa: PLC0415 - two seconds that only this job needs
+    import onnxruntime  # noqa: PLC0415
+
+    folded = model.folded()
 
     def bf16(images: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            logits: Tensor = model(images)
+            logits: Tensor = folded(images)
             return logits
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(to_onnx(model), options)
+
+    def onnx(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
     with tempfile.TemporaryDirectory() as folder:
         two = np.zeros((2, SIDE, SIDE), np.uint8)
-        mlflow.pytorch.save_model(model, folder, input_example=two, pip_requirements=["torch"])
+        plain = model.folded().to(memory_format=torch.contiguous_format)
+        mlflow.pytorch.save_model(plain, folder, input_example=two, pip_requirements=["torch"])
         stored = mlflow.pytorch.load_model(folder)
-        batched = {"eager fp32": model, "eager bf16": bf16, "stored program": stored}
+        batched = {
+            "eager fp32": model,
+            "folded fp32": folded,
+            "folded bf16": bf16,
+            "stored program": stored,
+            "onnxruntime": onnx,
+        }
         if not compiled or not shutil.which("c++"):  # AOTInductor needs a C++ compiler
             return batched, dict(batched)
-        one = torch.export.export(model, (torch.zeros(1, SIDE, SIDE, dtype=torch.uint8),))
+        one = torch.export.export(plain, (torch.zeros(1, SIDE, SIDE, dtype=torch.uint8),))
         package = torch._inductor.aoti_compile_and_package(
             one, package_path=f"{folder}/one.pt2", inductor_configs={"freezing": True}
         )

@@ -119,4 +119,5 @@ def test_every_way_to_predict_agrees() -> None:
     """Warnings are mlflow's and torch.export's own; what is measured is the answer."""
     result = measure.measure_inference("quick", "cpu", 1, compiled=False)
     assert all(share > 0.97 for share in result["agreement"].values())
-    assert set(result["batched_seconds"]) == {"eager fp32", "eager bf16", "stored program"}
+    assert set(result["batched_seconds"]) == set(result["single_us"])
+    assert {"eager fp32", "stored program", "onnxruntime"} < set(result["single_us"])

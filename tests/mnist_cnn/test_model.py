@@ -1,8 +1,10 @@
 import io
+from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from mnist_cnn.model import DigitCNN
 
@@ -44,6 +46,21 @@ def test_an_export_takes_any_number_of_images(model: DigitCNN) -> None:
     for count in (1, 7, 300):
         images = _images(count)
         torch.testing.assert_close(exported(images), model(images), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_folded_model_says_what_the_model_says(model: DigitCNN, sign: int) -> None:
+    twin = deepcopy(model)
+    norms = [layer for layer in twin.features if isinstance(layer, nn.BatchNorm2d)]
+    with torch.no_grad():
+        for norm in norms:
+            norm.weight.uniform_(0.5, 1.5).mul_(sign)
+            norm.bias.uniform_(-0.5, 0.5)
+    folded = twin.folded()
+    kept = [layer for layer in folded.features if isinstance(layer, nn.BatchNorm2d)]
+    assert len(kept) == (0 if sign > 0 else 1)  # the one after max-pooling
+    images = _images(64)
+    torch.testing.assert_close(folded(images), twin(images), atol=1e-4, rtol=1e-4)
 
 
 def test_statistics_of_groups_do_not_depend_on_how_many_arrive_together() -> None:

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -493,6 +494,22 @@ def test_a_field_that_is_set_replaces_the_presets_number() -> None:
     assert config.recipe() == TrainingConfig(preset="best").recipe().model_copy(
         update={"epochs": 2}
     )
+
+
+# Compiled
+
+
+def test_compiled_before_the_clock_starts_training_learns_the_same(
+    digits: Digits, uninterrupted: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Captured and differentiated ahead of time, but run by torch: Inductor takes minutes here."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    config = SMALL.model_copy(update={"compile": "always"})
+    compiled = train(digits, config, "cpu")
+    assert compiled.warmup_seconds > compiled.seconds / 10
+    assert uninterrupted.warmup_seconds < 0.01
+    losses = [each.loss for each in uninterrupted.history]
+    assert [each.loss for each in compiled.history] == pytest.approx(losses, rel=0.01)
 
 
 # Seen while it runs
