@@ -119,7 +119,7 @@ def test_the_command_drops_and_tells_what_happens_next(
     )
     assert typed.returncode == 0, typed.stdout + typed.stderr
     assert "datasets/nobodys/incoming/a/ holds 1 files" in typed.stdout
-    assert "ingest/on-arrival" in typed.stdout
+    assert "begin train/weekly" in typed.stdout
     wait_until(ended("ingest", "nobodys"), 180)
     (ingest,) = runs_of("ingest", "nobodys")
     assert ingest.state
