@@ -1,7 +1,4 @@
-"""Drop a batch where runs look for it, and say that it has arrived.
-
-`make drop` uses what `PREFECT_API_URL` names, or the local stack that is up.
-"""
+"""Drop a batch on the stack of `PREFECT_API_URL`, or the local one, and say that it arrived."""
 
 import argparse
 import sys
@@ -9,11 +6,13 @@ from pathlib import Path
 
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.events import Event, Resource
+from pydantic import TypeAdapter
 
 from deployments.stack import StackError
 from deployments.watch import speaking_to_prefect
 from tasks.batch_files import MARKER, BadBatch, check_names
 from tasks.ledger import incoming_folder
+from tasks.snapshot import Dataset
 from tasks.storage import DEFAULT_STORE, Store
 
 
@@ -21,9 +20,11 @@ def main() -> int:
     """Return 0 only if the batch lies there whole and its arrival was told."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", required=True, help="its name, which was never used before")
-    parser.add_argument("--dataset", default="mnist")
+    parser.add_argument("--dataset", default="mnist", type=TypeAdapter(Dataset).validate_python)
     parser.add_argument("files", nargs="+", type=Path, help="an IDX pair, or Parquet files")
     words = parser.parse_args()
+    if len({path.name for path in words.files}) < len(words.files):
+        parser.error("two of the files have one name; expected names that differ")
     try:
         files = {path.name: path.read_bytes() for path in words.files}
         with speaking_to_prefect() as prefect:
@@ -33,10 +34,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     print(f"{where} holds {len(files)} files. A minute after the last arrival ingest/on-arrival")
-    print(
-        "judges them. What it accepts begins train/weekly, what it refuses lies with the reason in"
-    )
-    print(where.replace("/incoming/", "/quarantine/NUMBER-"))
+    print("judges them: accepted, they begin train/weekly; refused, they lie in quarantine/.")
     return 0
 
 

@@ -64,6 +64,14 @@ def ended(flow: str, dataset: str) -> Callable[[], bool]:
     return lambda: any(run.state and run.state.is_final() for run in runs_of(flow, dataset))
 
 
+def named(runs: list[FlowRun], but: str) -> list[FlowRun]:
+    """Leave out what a repeated event made: the deployment's limit turns it into nothing.
+
+    Prefect repeats one whose handling it could not write down, as when its SQLite is locked.
+    """
+    return [run for run in runs if run.state and run.state.name != but]
+
+
 def test_ten_drops_make_one_ingest_and_then_one_training(stack: Stack, soon: None) -> None:
     dataset = "ten-drops"
     parts = sample_parts()
@@ -75,17 +83,19 @@ def test_ten_drops_make_one_ingest_and_then_one_training(stack: Stack, soon: Non
             drop(dataset, f"batch-{number}", {"part.parquet": write_parquet(batch)})
             announce(prefect, dataset, f"batch-{number}")
     wait_until(ended("ingest", dataset), 180)
-    (ingest,) = runs_of("ingest", dataset)
+    (ingest,) = named(runs_of("ingest", dataset), but="No batch")
     assert ingest.state
     assert ingest.state.name == "Batches accepted", ingest.state.message
     verdicts = read_ledger(Store(DEFAULT_STORE), dataset)
     assert [verdict.accepted for verdict in verdicts] == [True] * 10, ingest.state.message
-    wait_until(ended("train", dataset), 300)
-    (train,) = runs_of("train", dataset)
+    wait_until(lambda: any(run.start_time for run in runs_of("train", dataset)), 120)
+    wait_until(lambda: all(run.state.is_final() for run in runs_of("train", dataset)), 300)
+    (train,) = named(runs_of("train", dataset), but="Cancelled")
     assert train.state
-    assert train.state.name == "Champion kept"  # it has no policy
+    assert train.state.name == "Champion kept", train.state.message  # it has no policy
     time.sleep(2 * QUIET_SECONDS)  # the training took in nothing, and nothing follows it
-    assert len(runs_of("ingest", dataset)) == len(runs_of("train", dataset)) == 1
+    assert named(runs_of("ingest", dataset), but="No batch") == [ingest]
+    assert named(runs_of("train", dataset), but="Cancelled") == [train]
 
 
 def test_a_batch_without_files_or_with_a_name_that_is_taken_is_not_dropped(stack: Stack) -> None:
@@ -119,7 +129,7 @@ def test_the_command_drops_and_tells_what_happens_next(
     )
     assert typed.returncode == 0, typed.stdout + typed.stderr
     assert "datasets/nobodys/incoming/a/ holds 1 files" in typed.stdout
-    assert "ingest/on-arrival" in typed.stdout
+    assert "begin train/weekly" in typed.stdout
     wait_until(ended("ingest", "nobodys"), 180)
     (ingest,) = runs_of("ingest", "nobodys")
     assert ingest.state
