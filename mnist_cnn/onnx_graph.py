@@ -1,5 +1,7 @@
 """Write the CNN as ONNX, for onnxruntime: one image takes a fraction of what torch needs for it."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
@@ -19,9 +21,10 @@ def to_onnx(model: DigitCNN) -> bytes:
     import onnx  # noqa: PLC0415 - with onnxruntime, a second that training need not wait for
     from onnx import TensorProto, helper, numpy_helper  # noqa: PLC0415
 
-    nodes, weights = [], [numpy_helper.from_array(np.array([1]), "axis")]
+    nodes: list[onnx.NodeProto] = []
+    weights = [numpy_helper.from_array(np.array([1]), "axis")]
 
-    def add(kind: str, *inputs: str, output: str = "", **attributes: object) -> str:
+    def add(kind: str, *inputs: str, output: str = "", **attributes: Any) -> str:
         output = output or f"{kind}_{len(nodes)}"
         nodes.append(helper.make_node(kind, list(inputs), [output], **attributes))
         return output
