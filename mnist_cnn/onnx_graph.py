@@ -21,7 +21,7 @@ def to_onnx(model: DigitCNN) -> bytes:
     import onnx  # noqa: PLC0415 - with onnxruntime, a second that training need not wait for
     from onnx import TensorProto, helper, numpy_helper  # noqa: PLC0415
 
-    nodes = list[onnx.NodeProto]()
+    nodes: list[onnx.NodeProto] = []
     weights = [numpy_helper.from_array(np.array([1]), "axis")]
 
     def add(kind: str, *inputs: str, output: str = "", **attributes: Any) -> str:

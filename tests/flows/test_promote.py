@@ -89,7 +89,8 @@ def test_a_run_that_awaits_approval_links_to_the_form_with_its_version(awaiting:
     with get_client(sync_client=True) as prefect:
         deployment = prefect.read_deployment_by_name("promote/manual")
     assert form.path == f"/deployments/deployment/{deployment.id}/run"
-    assert json.loads(parse_qs(form.query)["parameters"][0]) == {"model": NAME, "version": 2}
+    known = {"model": NAME, "version": 2, "store": PLACE}
+    assert json.loads(parse_qs(form.query)["parameters"][0]) == known
     assert MlflowClient().get_registered_model(NAME).aliases["challenger"] == "2"
 
 
