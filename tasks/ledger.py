@@ -4,8 +4,8 @@
     STORE/datasets/NAME/base.json                    which snapshot everything else is added to
     STORE/datasets/NAME/ledger/000007-SHA256.json    the verdict on a batch: what counts
     STORE/datasets/NAME/ledger/000007-SHA256.settled its files have been moved
-    STORE/datasets/NAME/accepted/000007-BATCH/…      the files as they came, with the report
-    STORE/datasets/NAME/quarantine/000008-BATCH/…    likewise, with the reason
+    STORE/datasets/NAME/accepted/000007-BATCH/…      the report, and under files/ what came
+    STORE/datasets/NAME/quarantine/000008-BATCH/…    likewise, with reason.json
 
 An entry is one object, written once its shards are there, and its files move afterwards: whatever
 dies before it has changed nothing, whatever dies after it is finished by the next ingest. The
@@ -75,7 +75,7 @@ def settle(store: Store, verdict: Verdict) -> None:
     for file in verdict.files:
         entry = there.get(file.name)
         if entry and (entry.bytes, entry.etag) == (file.bytes, file.etag):
-            store.move(entry, f"{folder_of(verdict)}{_plain(file.name)}")
+            store.move(entry, f"{folder_of(verdict)}files/{_plain(file.name)}")
     store.put(f"{_stem(verdict)}.settled", b"")
 
 
@@ -86,7 +86,10 @@ def unsettled(store: Store, ledger: list[Verdict]) -> list[Verdict]:
 
 
 def folder_of(verdict: Verdict) -> str:
-    """Return where the files of a judged batch, its report and its reason are kept."""
+    """Return where the files of a judged batch, its report and its reason are kept.
+
+    The files lie in a folder of their own, since a producer may call one `reason.json`.
+    """
     where = "accepted" if verdict.accepted else "quarantine"
     name = f"{verdict.sequence:06d}-{_plain(verdict.batch)}"
     return f"datasets/{verdict.dataset}/{where}/{name}/"

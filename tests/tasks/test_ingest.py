@@ -105,9 +105,11 @@ def test_the_files_of_an_accepted_batch_are_kept_as_they_came(store: Store, base
     take(base, "monday")
     assert under(store, "incoming") == []
     kept = under(store, "accepted")
-    assert sorted(kept) == sorted(f"000001-monday/{n}" for n in [*files, "_SUCCESS", "report.html"])
+    folder = "000001-monday/"
+    came = [f"{folder}files/{name}" for name in [*files, "_SUCCESS"]]
+    assert sorted(kept) == sorted([*came, f"{folder}report.html"])
     for name, content in files.items():
-        assert store.get(f"datasets/digits/accepted/000001-monday/{name}") == content
+        assert store.get(f"datasets/digits/accepted/{folder}files/{name}") == content
 
 
 def test_a_bad_batch_is_put_aside_whole_with_its_reason_and_report(
@@ -124,7 +126,7 @@ def test_a_bad_batch_is_put_aside_whole_with_its_reason_and_report(
     assert Verdict.model_validate_json(store.get(f"{folder}reason.json")) == verdict
     assert b"<html" in store.get(f"{folder}report.html")
     for name, content in files.items():
-        assert store.get(folder + name) == content
+        assert store.get(f"{folder}files/{name}") == content
 
 
 def test_a_bad_batch_does_not_stop_the_good_ones(store: Store, base: Snapshot) -> None:
@@ -295,6 +297,7 @@ LABELS, IMAGES = "a-labels-idx1-ubyte.gz", "a-images-idx3-ubyte.gz"
 UNREADABLE: dict[str, tuple[Files, str]] = {
     "only the marker": ({}, "has no file"),
     "labels alone": ({LABELS: PAIR[LABELS]}, "expected one pair"),
+    "a file called as our own are": ({"reason.json": b"{}", "report.html": b""}, "not opened"),
     "a pickle": ({"images.pkl": b"cos\nsystem\n"}, "it was not opened"),
     "a folder in the batch": ({f"more/{name}": PAIR[name] for name in PAIR}, "no folders"),
     "a truncated gzip": (PAIR | {IMAGES: PAIR[IMAGES][:-100]}, "truncated"),
@@ -406,6 +409,7 @@ def test_an_ingest_killed_at_any_write_loses_and_doubles_nothing(store: Store, b
         for name, content in files.items():
             (whole,) = [each for each in kept if each.endswith(name)]
             folder = "accepted" if batch == "good" else "quarantine"
+            assert "/files/" in whole
             assert place.get(f"datasets/digits/{folder}/{whole}") == content
 
 
