@@ -1,9 +1,11 @@
 """What the model card and the data card say: the facts, and their words and tables."""
 
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 from pydantic import BaseModel
 
 from mnist_cnn.calibration import SURE
@@ -158,6 +160,8 @@ class CardFacts(Fact):
     """Prefect flow run."""
     data_card: str
     """Address of the data card, as the card's reader reaches it."""
+    evaluation: str
+    """Address of the evaluation that holds every figure, likewise."""
     pictures: Pictures
     architecture: str
     """`str(model)`."""
@@ -221,12 +225,13 @@ def describe(facts: CardFacts) -> dict[str, str]:
         "weakness": _weakness(facts.candidate),
         "risk": _risk(facts.candidate),
         "corruptions": table(
-            ["corruption", "strengths", "unit", "source"],
+            ["corruption", "strengths", "unit"],
             [
-                [c.name, ", ".join(f"{strength:g}" for strength in c.strengths), c.unit, c.source]
+                [c.name, ", ".join(f"{strength:g}" for strength in c.strengths), c.unit]
                 for c in CORRUPTIONS
             ],
         ),
+        "sources": _sources(),
         "environment": _environment(facts),
         "settings": table(
             ["setting", "value"],
@@ -379,8 +384,18 @@ def _conditions(facts: CardFacts, factor: str) -> str:
 
 def _accuracy_of(result: ConditionResult | None) -> str:
     if result is None or result.accuracy is None:
-        return f"not measured: {result.gap if result else 'not among its conditions'}"
+        return _or_gap(None, result.gap if result else "not among its conditions")
     return percent(result.accuracy)
+
+
+def _sources() -> str:
+    """Return a list of the papers that the corruptions come from; no table is wide enough."""
+    names = dict[str, list[str]]()
+    for corruption in CORRUPTIONS:
+        names.setdefault(corruption.source, []).append(corruption.name)
+    lines = (f"- {', '.join(found)}: {source}" for source, found in names.items())
+    linked = re.sub(r"arXiv:([\d.]+\d)", r"[\g<0>](https://arxiv.org/abs/\1)", "\n".join(lines))
+    return re.sub(r"doi:([\w./]+)", r"[\g<0>](https://doi.org/\1)", linked)
 
 
 def _slices(facts: CardFacts) -> str:
@@ -415,15 +430,11 @@ def _shift(evaluation: Evaluation) -> str:
     ]
     return (
         f"Total variation distance of the label distributions: "
-        f"{evaluation.shift.label_distance:.4f} (0: the same, 1: disjoint).\n\n"
+        f"{evaluation.shift.label_distance:.4f} (0: the same, 1: disjoint). Below, the difference "
+        "of the means is in standard deviations (SD) of the training images, and KS is the "
+        "Kolmogorov-Smirnov distance of the distributions (0: the same, 1: disjoint).\n\n"
         + table(
-            [
-                "statistic",
-                "training mean",
-                "test mean",
-                "difference, standard deviations",
-                "Kolmogorov-Smirnov distance",
-            ],
+            ["statistic", "training mean", "test mean", "difference, SD", "KS distance"],
             rows,
         )
     )
@@ -433,11 +444,15 @@ def _priors(evaluation: Evaluation) -> str:
     worst = evaluation.priors.worst
     name = f"worst case within a total variation distance of {evaluation.priors.radius:g}"
     rows = [
-        [scenario.name, percent(scenario.accuracy), scenario.gap or "none"]
+        [scenario.name, _or_gap(scenario.accuracy, scenario.gap)]
         for scenario in evaluation.priors.scenarios
     ]
-    rows.append([name, percent(worst.accuracy), worst.gap or "none"])
-    return table(["label priors", "accuracy", "gap"], rows)
+    rows.append([name, _or_gap(worst.accuracy, worst.gap)])
+    return table(["label priors", "accuracy"], rows)
+
+
+def _or_gap(accuracy: float | None, gap: str | None) -> str:
+    return f"{percent(accuracy)}: {gap}" if gap else percent(accuracy)
 
 
 def _confidence(evaluation: Evaluation) -> str:
@@ -540,6 +555,11 @@ def _risk(evaluation: Evaluation) -> str:
     return f"{count} with a confidence of at least {SURE * 100:.0f} %, {lesson}"
 
 
+def _decimal(value: float) -> str:
+    """Return three significant digits, never in the form 5e-05."""
+    return np.format_float_positional(value, precision=3, unique=False, fractional=False, trim="-")
+
+
 def _environment(facts: CardFacts) -> str:
     hardware, energy = facts.hardware, facts.energy
     machine = f"{hardware.processor}, {hardware.cores} cores"
@@ -553,9 +573,9 @@ def _environment(facts: CardFacts) -> str:
         )
     return (
         f"- **Hardware Type:** {machine}\n"
-        f"- **Hours used:** {energy.hours:.4f}\n"
+        f"- **Hours used:** {energy.hours:.4f}, training\n"
         f"- **Cloud Provider:** {energy.provider}\n"
         f"- **Compute Region:** {energy.region}\n"
-        f"- **Carbon Emitted:** {energy.grams_co2e:.3g} gCO2e (an estimate)\n"
-        f"- **Energy:** {energy.kwh:.3g} kWh (an estimate by {energy.tool}: {energy.method})"
+        f"- **Carbon Emitted:** {_decimal(energy.grams_co2e)} gCO2e (an estimate)\n"
+        f"- **Energy:** {_decimal(energy.kwh)} kWh (an estimate by {energy.tool}: {energy.method})"
     )

@@ -84,7 +84,7 @@ def plot_confusion(evaluation: Evaluation) -> bytes:
     confusion = np.array(evaluation.confusion)
     errors = np.ma.masked_array(confusion, np.eye(CLASSES, dtype=bool) | (confusion == 0))
     highest = max(1, int(errors.max()) if errors.count() else 1)
-    with _sheet(7.2, 7.4) as (figure, png):
+    with _sheet(9.6, 6.8) as (figure, png):
         _heading(
             figure,
             "Which digit is taken for which",
@@ -256,7 +256,7 @@ def plot_slices(candidate: Evaluation, champion: Evaluation | None = None) -> by
 
 def plot_reliability(candidate: Evaluation, champion: Evaluation | None = None) -> bytes:
     """Draw accuracy against confidence above the number of images at each confidence."""
-    with _sheet(6.6, 7.2) as (figure, png):
+    with _sheet(9.6, 6.4) as (figure, png):
         _heading(
             figure,
             "Is a confidence of 90 % right 90 % of the time?",

@@ -111,6 +111,7 @@ def facts(splits: Splits, outcomes: dict[str, Outcomes], reader: nn.Module) -> C
         run_url="https://mlflow.example.org/#/experiments/1/runs/0123abcd",
         flow_run_url="https://prefect.example.org/runs/flow-run/42",
         data_card="data_card.md",
+        evaluation="candidate_evaluation.json",
         pictures=Pictures(**{name: f"pictures/{name}.png" for name in PICTURES}),
         architecture=str(DigitCNN()),
         training=TrainingFacts(
