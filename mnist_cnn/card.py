@@ -196,12 +196,12 @@ def percent(share: float | None) -> str:
 
 
 def _compared(facts: CardFacts) -> dict[str, Evaluation]:
-    models = {
-        f"this version ({facts.version})": facts.candidate,
-        "champion": facts.champion,
-        "previous champion": facts.previous,
-    }
-    return {name: evaluation for name, evaluation in models.items() if evaluation}
+    """Return the evaluations to compare by the name of their column, this version's first."""
+    compared = {f"this version ({facts.version})": facts.candidate}
+    for role, other in (("champion", facts.champion), ("previous", facts.previous)):
+        if other:
+            compared[f"{role} ({other.model.rpartition('/')[2]})"] = other
+    return compared
 
 
 def describe(facts: CardFacts) -> dict[str, str]:
@@ -241,10 +241,20 @@ def describe(facts: CardFacts) -> dict[str, str]:
             ],
         ),
         "software": table(["library", "version"], list(facts.software.items())),
+        "failed": "\n".join(
+            f"- **{check.name}:** {check.sentence.removeprefix(f'{check.name}: ')}"
+            for check in facts.checks
+            if not check.passed
+        )
+        or "None failed.",
         "checks": table(
             ["check", "result", "what was seen"],
             [
-                [check.name, "passed" if check.passed else "FAILED", check.sentence]
+                [
+                    check.name,
+                    "passed" if check.passed else "FAILED",
+                    check.sentence.removeprefix(f"{check.name}: "),
+                ]
                 for check in facts.checks
             ],
         ),
@@ -297,8 +307,7 @@ _TITLES = {
 
 def _comparison(facts: CardFacts) -> str:
     compared = _compared(facts)
-    rows: list[list[object]] = [["model"]]
-    rows[0] += [f"`{evaluation.model}`" for evaluation in compared.values()]
+    rows = []
     for name, unit in (
         ("accuracy", "%"),
         ("macro_f1", "%"),
@@ -306,7 +315,7 @@ def _comparison(facts: CardFacts) -> str:
         ("brier", "0 to 2"),
         ("expected_error", "0 to 1"),
     ):
-        row: list[object] = [f"{_TITLES[name]}, {unit}"]
+        row = [f"{_TITLES[name]}, {unit}"]
         for evaluation in compared.values():
             value = {
                 "accuracy": evaluation.accuracy,
@@ -323,13 +332,13 @@ def _comparison(facts: CardFacts) -> str:
             )
         rows.append(row)
     alone = "" if len(compared) > 1 else "\n\nThere was no champion to compare with."
-    return table(["on the same test images (95 % interval)", *compared], rows) + alone
+    return table(["figure (95 % interval)", *compared], rows) + alone
 
 
 def _classes(facts: CardFacts) -> str:
     compared = _compared(facts)
     header = ["digit", "support", "precision", "recall", "F1"]
-    header += [f"F1 of the {name}" for name in list(compared)[1:]]
+    header += [f"F1 of {name}" for name in list(compared)[1:]]
     rows = [
         [
             metrics.digit,
@@ -369,17 +378,21 @@ def _conditions(facts: CardFacts, factor: str) -> str:
     for result in facts.candidate.conditions:
         if result.factor == factor:
             same = [other.get((result.corruption, result.strength)) for other in others]
-            interval = result.interval
             level = levels.get((result.corruption, result.strength), "")
             rows.append(
                 [
                     result.corruption,
                     f"{level}{result.strength:g} {result.unit}",
-                    *[_accuracy_of(each) for each in (result, *same)],
-                    f"{percent(interval.low)} to {percent(interval.high)}" if interval else "none",
+                    f"{_accuracy_of(result)}{_interval(result)}",
+                    *[_accuracy_of(each) for each in same],
                 ]
             )
-    return table(["corruption", "strength", *compared, "95 % interval of this version"], rows)
+    return table(["corruption", "strength", *compared], rows)
+
+
+def _interval(result: ConditionResult) -> str:
+    interval = result.interval
+    return f" ({interval.low * 100:.2f} to {interval.high * 100:.2f})" if interval else ""
 
 
 def _accuracy_of(result: ConditionResult | None) -> str:

@@ -140,9 +140,9 @@ def _named(
 def plot_factors(candidate: Evaluation, champion: Evaluation | None = None) -> bytes:
     """Draw accuracy against strength for every corruption, candidate against champion."""
     kinds = list(dict.fromkeys(result.corruption for result in candidate.conditions))
-    columns = 5
+    columns = 4
     rows = -(-(len(kinds) + 1) // columns)
-    with _sheet(14, 2.75 * rows + 0.9) as (figure, png):
+    with _sheet(11.2, 2.6 * rows + 0.9) as (figure, png):
         _heading(
             figure,
             "Accuracy under corrupted images",
@@ -223,7 +223,7 @@ def _draw_intervals(
 
 def plot_slices(candidate: Evaluation, champion: Evaluation | None = None) -> bytes:
     """Draw accuracy against each natural style that the test images show."""
-    with _sheet(13, 3.9) as (figure, png):
+    with _sheet(11.2, 3.9) as (figure, png):
         _heading(
             figure,
             "Accuracy by natural handwriting style",
@@ -328,7 +328,7 @@ def plot_corruptions(digits: Digits, seed: int = 0) -> bytes:
     images = torch.tensor(digits.images[example : example + BATCH])
     columns = 1 + max(len(corruption.strengths) for corruption in CORRUPTIONS)
     rows = -(-len(CORRUPTIONS) // 2)
-    with _sheet(13, 1.2 * rows + 0.7) as (figure, png):
+    with _sheet(11.8, 1.2 * rows + 0.7) as (figure, png):
         _heading(
             figure,
             "Every corruption at every strength",

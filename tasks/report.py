@@ -127,7 +127,7 @@ def report_decision(
         for check in decision.checks
     ]
     told = [
-        row | {"what was seen": check.sentence}
+        row | {"what was seen": check.sentence.removeprefix(f"{check.name}: ")}
         for row, check in zip(checks, decision.checks, strict=True)
     ]
     create_table_artifact(told, key="checks", description=f"Checks of {version.model}")
