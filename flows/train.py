@@ -110,4 +110,4 @@ def train(
         validated, candidate, measured, (decision, record), (version, champion), cards
     )
     link_version(version, summary.links)
-    return Completed(name=summary.verdict, message=summary.reason)
+    return Completed(name=summary.verdict, message=summary.message)

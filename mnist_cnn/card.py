@@ -1,9 +1,11 @@
 """What the model card and the data card say: the facts, and their words and tables."""
 
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 from pydantic import BaseModel
 
 from mnist_cnn.calibration import SURE
@@ -158,6 +160,8 @@ class CardFacts(Fact):
     """Prefect flow run."""
     data_card: str
     """Address of the data card, as the card's reader reaches it."""
+    evaluation: str
+    """Address of the evaluation that holds every figure, likewise."""
     pictures: Pictures
     architecture: str
     """`str(model)`."""
@@ -192,12 +196,12 @@ def percent(share: float | None) -> str:
 
 
 def _compared(facts: CardFacts) -> dict[str, Evaluation]:
-    models = {
-        f"this version ({facts.version})": facts.candidate,
-        "champion": facts.champion,
-        "previous champion": facts.previous,
-    }
-    return {name: evaluation for name, evaluation in models.items() if evaluation}
+    """Return the evaluations to compare by the name of their column, this version's first."""
+    compared = {f"this version ({facts.version})": facts.candidate}
+    for role, other in (("champion", facts.champion), ("previous", facts.previous)):
+        if other:
+            compared[f"{role} ({other.model.rpartition('/')[2]})"] = other
+    return compared
 
 
 def describe(facts: CardFacts) -> dict[str, str]:
@@ -221,12 +225,13 @@ def describe(facts: CardFacts) -> dict[str, str]:
         "weakness": _weakness(facts.candidate),
         "risk": _risk(facts.candidate),
         "corruptions": table(
-            ["corruption", "strengths", "unit", "source"],
+            ["corruption", "strengths", "unit"],
             [
-                [c.name, ", ".join(f"{strength:g}" for strength in c.strengths), c.unit, c.source]
+                [c.name, ", ".join(f"{strength:g}" for strength in c.strengths), c.unit]
                 for c in CORRUPTIONS
             ],
         ),
+        "sources": _sources(),
         "environment": _environment(facts),
         "settings": table(
             ["setting", "value"],
@@ -236,10 +241,20 @@ def describe(facts: CardFacts) -> dict[str, str]:
             ],
         ),
         "software": table(["library", "version"], list(facts.software.items())),
+        "failed": "\n".join(
+            f"- **{check.name}:** {check.sentence.removeprefix(f'{check.name}: ')}"
+            for check in facts.checks
+            if not check.passed
+        )
+        or "None failed.",
         "checks": table(
             ["check", "result", "what was seen"],
             [
-                [check.name, "passed" if check.passed else "FAILED", check.sentence]
+                [
+                    check.name,
+                    "passed" if check.passed else "FAILED",
+                    check.sentence.removeprefix(f"{check.name}: "),
+                ]
                 for check in facts.checks
             ],
         ),
@@ -292,8 +307,7 @@ _TITLES = {
 
 def _comparison(facts: CardFacts) -> str:
     compared = _compared(facts)
-    rows: list[list[object]] = [["model"]]
-    rows[0] += [f"`{evaluation.model}`" for evaluation in compared.values()]
+    rows = []
     for name, unit in (
         ("accuracy", "%"),
         ("macro_f1", "%"),
@@ -301,7 +315,7 @@ def _comparison(facts: CardFacts) -> str:
         ("brier", "0 to 2"),
         ("expected_error", "0 to 1"),
     ):
-        row: list[object] = [f"{_TITLES[name]}, {unit}"]
+        row = [f"{_TITLES[name]}, {unit}"]
         for evaluation in compared.values():
             value = {
                 "accuracy": evaluation.accuracy,
@@ -318,13 +332,13 @@ def _comparison(facts: CardFacts) -> str:
             )
         rows.append(row)
     alone = "" if len(compared) > 1 else "\n\nThere was no champion to compare with."
-    return table(["on the same test images (95 % interval)", *compared], rows) + alone
+    return table(["figure (95 % interval)", *compared], rows) + alone
 
 
 def _classes(facts: CardFacts) -> str:
     compared = _compared(facts)
     header = ["digit", "support", "precision", "recall", "F1"]
-    header += [f"F1 of the {name}" for name in list(compared)[1:]]
+    header += [f"F1 of {name}" for name in list(compared)[1:]]
     rows = [
         [
             metrics.digit,
@@ -364,23 +378,37 @@ def _conditions(facts: CardFacts, factor: str) -> str:
     for result in facts.candidate.conditions:
         if result.factor == factor:
             same = [other.get((result.corruption, result.strength)) for other in others]
-            interval = result.interval
             level = levels.get((result.corruption, result.strength), "")
             rows.append(
                 [
                     result.corruption,
                     f"{level}{result.strength:g} {result.unit}",
-                    *[_accuracy_of(each) for each in (result, *same)],
-                    f"{percent(interval.low)} to {percent(interval.high)}" if interval else "none",
+                    f"{_accuracy_of(result)}{_interval(result)}",
+                    *[_accuracy_of(each) for each in same],
                 ]
             )
-    return table(["corruption", "strength", *compared, "95 % interval of this version"], rows)
+    return table(["corruption", "strength", *compared], rows)
+
+
+def _interval(result: ConditionResult) -> str:
+    interval = result.interval
+    return f" ({interval.low * 100:.2f} to {interval.high * 100:.2f})" if interval else ""
 
 
 def _accuracy_of(result: ConditionResult | None) -> str:
     if result is None or result.accuracy is None:
-        return f"not measured: {result.gap if result else 'not among its conditions'}"
+        return _or_gap(None, result.gap if result else "not among its conditions")
     return percent(result.accuracy)
+
+
+def _sources() -> str:
+    """Return a list of the papers that the corruptions come from; no table is wide enough."""
+    names = dict[str, list[str]]()
+    for corruption in CORRUPTIONS:
+        names.setdefault(corruption.source, []).append(corruption.name)
+    lines = (f"- {', '.join(found)}: {source}" for source, found in names.items())
+    linked = re.sub(r"arXiv:([\d.]+\d)", r"[\g<0>](https://arxiv.org/abs/\1)", "\n".join(lines))
+    return re.sub(r"doi:([\w./]+)", r"[\g<0>](https://doi.org/\1)", linked)
 
 
 def _slices(facts: CardFacts) -> str:
@@ -415,15 +443,11 @@ def _shift(evaluation: Evaluation) -> str:
     ]
     return (
         f"Total variation distance of the label distributions: "
-        f"{evaluation.shift.label_distance:.4f} (0: the same, 1: disjoint).\n\n"
+        f"{evaluation.shift.label_distance:.4f} (0: the same, 1: disjoint). Below, the difference "
+        "of the means is in standard deviations (SD) of the training images, and KS is the "
+        "Kolmogorov-Smirnov distance of the distributions (0: the same, 1: disjoint).\n\n"
         + table(
-            [
-                "statistic",
-                "training mean",
-                "test mean",
-                "difference, standard deviations",
-                "Kolmogorov-Smirnov distance",
-            ],
+            ["statistic", "training mean", "test mean", "difference, SD", "KS distance"],
             rows,
         )
     )
@@ -433,11 +457,15 @@ def _priors(evaluation: Evaluation) -> str:
     worst = evaluation.priors.worst
     name = f"worst case within a total variation distance of {evaluation.priors.radius:g}"
     rows = [
-        [scenario.name, percent(scenario.accuracy), scenario.gap or "none"]
+        [scenario.name, _or_gap(scenario.accuracy, scenario.gap)]
         for scenario in evaluation.priors.scenarios
     ]
-    rows.append([name, percent(worst.accuracy), worst.gap or "none"])
-    return table(["label priors", "accuracy", "gap"], rows)
+    rows.append([name, _or_gap(worst.accuracy, worst.gap)])
+    return table(["label priors", "accuracy"], rows)
+
+
+def _or_gap(accuracy: float | None, gap: str | None) -> str:
+    return f"{percent(accuracy)}: {gap}" if gap else percent(accuracy)
 
 
 def _confidence(evaluation: Evaluation) -> str:
@@ -540,6 +568,11 @@ def _risk(evaluation: Evaluation) -> str:
     return f"{count} with a confidence of at least {SURE * 100:.0f} %, {lesson}"
 
 
+def _decimal(value: float) -> str:
+    """Return three significant digits, never in the form 5e-05."""
+    return np.format_float_positional(value, precision=3, unique=False, fractional=False, trim="-")
+
+
 def _environment(facts: CardFacts) -> str:
     hardware, energy = facts.hardware, facts.energy
     machine = f"{hardware.processor}, {hardware.cores} cores"
@@ -553,9 +586,9 @@ def _environment(facts: CardFacts) -> str:
         )
     return (
         f"- **Hardware Type:** {machine}\n"
-        f"- **Hours used:** {energy.hours:.4f}\n"
+        f"- **Hours used:** {energy.hours:.4f}, training\n"
         f"- **Cloud Provider:** {energy.provider}\n"
         f"- **Compute Region:** {energy.region}\n"
-        f"- **Carbon Emitted:** {energy.grams_co2e:.3g} gCO2e (an estimate)\n"
-        f"- **Energy:** {energy.kwh:.3g} kWh (an estimate by {energy.tool}: {energy.method})"
+        f"- **Carbon Emitted:** {_decimal(energy.grams_co2e)} gCO2e (an estimate)\n"
+        f"- **Energy:** {_decimal(energy.kwh)} kWh (an estimate by {energy.tool}: {energy.method})"
     )

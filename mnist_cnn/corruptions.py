@@ -223,7 +223,7 @@ CORRUPTIONS = (
     Corruption(
         "Gaussian noise",
         "noise level",
-        "standard deviation, share of full ink",
+        "SD, share of full ink",
         (0.08, 0.18, 0.38),
         _IMAGENET_C,
         _add_gaussian,
@@ -231,7 +231,7 @@ CORRUPTIONS = (
     Corruption(
         "impulse noise",
         "noise level",
-        "share of pixels set to black or white",
+        "share of pixels black or white",
         (0.03, 0.09, 0.27),
         _IMAGENET_C,
         _add_impulses,

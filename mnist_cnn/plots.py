@@ -84,7 +84,7 @@ def plot_confusion(evaluation: Evaluation) -> bytes:
     confusion = np.array(evaluation.confusion)
     errors = np.ma.masked_array(confusion, np.eye(CLASSES, dtype=bool) | (confusion == 0))
     highest = max(1, int(errors.max()) if errors.count() else 1)
-    with _sheet(7.2, 7.4) as (figure, png):
+    with _sheet(9.6, 6.8) as (figure, png):
         _heading(
             figure,
             "Which digit is taken for which",
@@ -140,9 +140,9 @@ def _named(
 def plot_factors(candidate: Evaluation, champion: Evaluation | None = None) -> bytes:
     """Draw accuracy against strength for every corruption, candidate against champion."""
     kinds = list(dict.fromkeys(result.corruption for result in candidate.conditions))
-    columns = 5
+    columns = 4
     rows = -(-(len(kinds) + 1) // columns)
-    with _sheet(14, 2.75 * rows + 0.9) as (figure, png):
+    with _sheet(11.2, 2.6 * rows + 0.9) as (figure, png):
         _heading(
             figure,
             "Accuracy under corrupted images",
@@ -223,7 +223,7 @@ def _draw_intervals(
 
 def plot_slices(candidate: Evaluation, champion: Evaluation | None = None) -> bytes:
     """Draw accuracy against each natural style that the test images show."""
-    with _sheet(13, 3.9) as (figure, png):
+    with _sheet(11.2, 3.9) as (figure, png):
         _heading(
             figure,
             "Accuracy by natural handwriting style",
@@ -256,7 +256,7 @@ def plot_slices(candidate: Evaluation, champion: Evaluation | None = None) -> by
 
 def plot_reliability(candidate: Evaluation, champion: Evaluation | None = None) -> bytes:
     """Draw accuracy against confidence above the number of images at each confidence."""
-    with _sheet(6.6, 7.2) as (figure, png):
+    with _sheet(9.6, 6.4) as (figure, png):
         _heading(
             figure,
             "Is a confidence of 90 % right 90 % of the time?",
@@ -328,7 +328,7 @@ def plot_corruptions(digits: Digits, seed: int = 0) -> bytes:
     images = torch.tensor(digits.images[example : example + BATCH])
     columns = 1 + max(len(corruption.strengths) for corruption in CORRUPTIONS)
     rows = -(-len(CORRUPTIONS) // 2)
-    with _sheet(13, 1.2 * rows + 0.7) as (figure, png):
+    with _sheet(11.8, 1.2 * rows + 0.7) as (figure, png):
         _heading(
             figure,
             "Every corruption at every strength",

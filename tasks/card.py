@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -148,38 +148,45 @@ def publish_cards(
     client = MlflowClient()
     server = mlflow.get_tracking_uri().rstrip("/")
     run = client.get_run(candidate.run_id)
-
-    def link(name: str) -> str:
-        return f"{server}/get-artifact?path=card%2F{name}&run_uuid={candidate.run_id}"
-
+    run_page = f"{server}/#/experiments/{run.info.experiment_id}/runs/{candidate.run_id}"
+    # MLflow sends a file itself as a download, which suits pictures; its page shows a text.
+    pages = {name: f"{run_page}/artifacts/card/{name}.md" for name in ("model_card", "data_card")}
+    raw = f"{server}/get-artifact?run_uuid={candidate.run_id}&path=card%2F"
+    addresses = {picture: f"{raw}{picture}.png" for picture in PICTURES} | {
+        "run_page": run_page,
+        "data_card": pages["data_card"],
+        "evaluation": f"{run_page}/artifacts/card/candidate_evaluation.json",
+    }
     store = Store(validated.snapshot.store)
     data = _data_facts(validated, store)
-    facts = _card_facts(validated, candidate, measured, decision, version, run, data, link)
+    facts = _card_facts(validated, candidate, measured, decision, version, run, data, addresses)
     card = write_card(facts)
     with tempfile.TemporaryDirectory() as folder:
         for picture in PICTURES:
-            content = store.get(f"runs/{runtime.flow_run.id}/pictures/{picture}.png")
-            (Path(folder) / f"{picture}.png").write_bytes(content)
+            png = store.get(f"runs/{runtime.flow_run.id}/pictures/{picture}.png")
+            (Path(folder) / f"{picture}.png").write_bytes(png)
+        for role, evaluation in measured.items():
+            content = evaluation.model_dump_json(indent=1)
+            (Path(folder) / f"{role}_evaluation.json").write_text(content)
         # The Hugging Face form, and the same for MLflow's page, which shows metadata as text.
+        data_card = write_data_card(data)
+        (Path(folder) / "dataset").mkdir()
         (Path(folder) / "README.md").write_text(card)
         (Path(folder) / "model_card.md").write_text(_without_metadata(card))
-        (Path(folder) / "data_card.md").write_text(write_data_card(data))
+        (Path(folder) / "dataset" / "README.md").write_text(data_card)
+        (Path(folder) / "data_card.md").write_text(_without_metadata(data_card))
         client.log_artifacts(candidate.run_id, folder, "card")
     registered = client.get_model_version(version.name, version.version)
-    page = (
-        f"{server}/#/experiments/{run.info.experiment_id}/runs/{candidate.run_id}"
-        "/artifacts/card/model_card.md"
-    )
-    if page not in (registered.description or ""):
+    if pages["model_card"] not in (registered.description or ""):
         client.update_model_version(
             version.name,
             version.version,
-            f"{registered.description or ''}\n\n[Model card]({page})".strip(),
+            f"{registered.description or ''}\n\n[Model card]({pages['model_card']})".strip(),
         )
     create_markdown_artifact(
         _without_metadata(card), key="model-card", description=f"Model card of {version.model}"
     )
-    return {"model card": page, "data card": link("data_card.md")}
+    return {"model card": pages["model_card"], "data card": pages["data_card"]}
 
 
 def _without_metadata(card: str) -> str:
@@ -195,7 +202,7 @@ def _card_facts(
     version: ModelVersion,
     run: "Run",
     data: DataFacts,
-    link: Callable[[str], str],
+    addresses: Mapping[str, str],
 ) -> CardFacts:
     metrics, tags, params = run.data.metrics, run.data.tags, run.data.params
     machine = json.loads(tags["machine"])
@@ -210,11 +217,11 @@ def _card_facts(
         contact=_REPOSITORY + "/issues",
         repository=_REPOSITORY,
         run_id=candidate.run_id,
-        run_url=f"{link('').split('/get-artifact')[0]}/#/experiments/{run.info.experiment_id}"
-        f"/runs/{candidate.run_id}",
+        run_url=addresses["run_page"],
         flow_run_url=str(runtime.flow_run.ui_url),
-        data_card=link("data_card.md"),
-        pictures=Pictures(**{picture: link(f"{picture}.png") for picture in PICTURES}),
+        data_card=addresses["data_card"],
+        evaluation=addresses["evaluation"],
+        pictures=Pictures(**{picture: addresses[picture] for picture in PICTURES}),
         architecture=tags["architecture"],
         training=TrainingFacts(
             # MLflow keeps parameters as text.

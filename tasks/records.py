@@ -154,3 +154,9 @@ class RunSummary(BaseModel, frozen=True):
     champion: str | None = None
     """Address of the champion after this run."""
     links: dict[str, str]
+
+    @property
+    def message(self) -> str:
+        """What the run's state says: the reason, and where to judge if a person has to."""
+        form = self.links.get("approval form")
+        return f"{self.reason}; approve or reject: {form}" if form else self.reason

@@ -94,9 +94,7 @@ def report_decision(
     summary = RunSummary(
         flow_run=str(runtime.flow_run.id),
         verdict=_STATE_NAMES[decision.verdict],
-        reason="; ".join(
-            [decision.reason, *(f"approve or reject: {url}" for url in form.values())]
-        ),
+        reason=decision.reason,
         dataset=snapshot.dataset,
         accuracy=ours.accuracy,
         champion_accuracy=theirs.accuracy if theirs else None,
@@ -104,6 +102,7 @@ def report_decision(
         champion_before=old_champion.model if old_champion else None,
         champion=champion.model if champion else None,
         links={
+            **form,
             "Prefect run": str(runtime.flow_run.ui_url),
             **_mlflow_links(candidate, version),
             **cards,
@@ -116,19 +115,22 @@ def report_decision(
                     "snapshot": snapshot.address,
                 },
             ),
-            **form,
         },
     )
     checks = [
         {
             "check": check.name,
-            "observed": "not measured" if check.observed is None else f"{check.observed:.4g}",
-            "threshold": f"{check.threshold:.4g}",
+            "observed": "not measured" if check.observed is None else _figure(check.observed),
+            "threshold": _figure(check.threshold),
             "verdict": "passed" if check.passed else "FAILED",
         }
         for check in decision.checks
     ]
-    create_table_artifact(checks, key="checks", description=f"Checks of {version.model}")
+    told = [
+        row | {"what was seen": check.sentence.removeprefix(f"{check.name}: ")}
+        for row, check in zip(checks, decision.checks, strict=True)
+    ]
+    create_table_artifact(told, key="checks", description=f"Checks of {version.model}")
     compared = (
         f"The champion before this run, on the same images: accuracy {theirs.accuracy:.2%}."
         if theirs
@@ -140,8 +142,8 @@ def report_decision(
             f"macro F1 {ours.macro_f1:.4f} on {ours.images:,} test images. {compared}"
         ),
         (
-            f"This test split has decided {decision.decisions} times; every test of this decision "
-            f"has the level {decision.level:.4g}."
+            f"This is decision {decision.decisions} on this test split; every test of it has the "
+            f"level {decision.level:.4g}."
         ),
         _table(checks),
         _per_class(ours, theirs),
@@ -152,9 +154,9 @@ def report_decision(
 
 
 def _publish(summary: RunSummary, snapshot: Snapshot, body: str) -> None:
-    links = "\n".join(f"- [{name}]({address})" for name, address in summary.links.items())
+    links = " · ".join(f"[{name}]({address})" for name, address in summary.links.items())
     create_markdown_artifact(
-        f"# {summary.verdict}\n\n{summary.reason}\n\n{body}\n\n## Links\n\n{links}\n",
+        f"# {summary.verdict}\n\n{summary.reason}\n\n{links}\n\n{body}\n",
         key="report",
         description=f"{summary.verdict}: {snapshot.dataset}",
     )
@@ -169,7 +171,7 @@ def _data_links(snapshot: Snapshot, report: str) -> tuple[dict[str, str], str]:
     links = {name: store.link(store.name_of(address)) for name, address in kept.items()}
     addresses = "\n".join(f"- {name}: `{address}`" for name, address in kept.items())
     end = f"{datetime.now(UTC) + LINK_LIFE:%Y-%m-%d %H:%M} UTC"
-    note = f"The links below to what lies in S3 work until {end}; it stays at\n\n{addresses}"
+    note = f"The links above to what lies in S3 work until {end}; it stays at\n\n{addresses}"
     return {"Prefect run": str(runtime.flow_run.ui_url), **links}, note
 
 
@@ -236,6 +238,10 @@ def _per_class(candidate: Evaluation, champion: Evaluation | None) -> str:
         for ours, theirs in zip(candidate.classes, champions, strict=True)
     ]
     return _table(rows)
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"  # noqa: PLR2004 - bytes
 
 
 def _share(value: float | None) -> str:

@@ -111,6 +111,7 @@ def facts(splits: Splits, outcomes: dict[str, Outcomes], reader: nn.Module) -> C
         run_url="https://mlflow.example.org/#/experiments/1/runs/0123abcd",
         flow_run_url="https://prefect.example.org/runs/flow-run/42",
         data_card="data_card.md",
+        evaluation="candidate_evaluation.json",
         pictures=Pictures(**{name: f"pictures/{name}.png" for name in PICTURES}),
         architecture=str(DigitCNN()),
         training=TrainingFacts(
@@ -238,9 +239,10 @@ def test_measured_figures_are_in_the_card(card: str, facts: CardFacts) -> None:
 
 
 def test_champions_stand_side_by_side(card: str, facts: CardFacts) -> None:
-    assert "| this version (8) | champion |" in card
-    three = write_card(facts.model_copy(update={"previous": facts.champion}))
-    assert "| this version (8) | champion | previous champion |" in three
+    assert "| this version (8) | champion (7) |" in card
+    previous = facts.champion.model_copy(update={"model": "models:/mnist-cnn/6"})
+    three = write_card(facts.model_copy(update={"previous": previous}))
+    assert "| this version (8) | champion (7) | previous (6) |" in three
     alone = write_card(facts.model_copy(update={"champion": None}))
     assert "There was no champion to compare with." in alone
 
