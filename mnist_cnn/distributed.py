@@ -10,6 +10,7 @@ program. They meet their parent in a folder alone, so that they need to know no 
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -17,12 +18,14 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import distributed
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined] # they are public
 
 from mnist_cnn.batches import Batches
 from mnist_cnn.checkpoint import CheckpointStore, LocalCheckpoints, Writer, decode
@@ -40,6 +43,7 @@ from mnist_cnn.training import (
 
 _SECONDS_BETWEEN_LOOKS = 0.1
 _FETCHED = 3
+_PATIENCE = timedelta(minutes=2)  # for the others, before a worker fails and the group starts anew
 _TOLD = "told.jsonl"
 # What every worker meets at the same step and would meet again: no case for a restart.
 _FINAL: dict[str, type[Exception]] = {
@@ -171,9 +175,28 @@ class _Told:
             self.failure = _FINAL[kind](about["sentence"])
 
 
+def _meeting_place() -> PrefixStore:
+    """Return the launcher's store, with names of their own for each attempt of the group.
+
+    The launcher keeps one store for all attempts. Without the prefix, workers that are started anew
+    may find the addresses of those that died, and wait for whoever answers there now.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    attempt = f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    store = TCPStore(host, port, is_master=False, timeout=_PATIENCE)
+    return PrefixStore(attempt, store)
+
+
 def _work(folder: Path, device: Device) -> None:
     """Train as one worker of the group."""
-    distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    distributed.init_process_group(
+        "nccl" if device == "cuda" else "gloo",
+        store=_meeting_place(),
+        rank=rank,
+        world_size=world,
+        timeout=_PATIENCE,
+    )
     if device == "cuda":
         torch.cuda.set_device(distributed.get_node_local_rank())
     leads = distributed.get_rank() == 0
