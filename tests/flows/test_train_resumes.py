@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from uuid import UUID
 
 import mlflow
@@ -24,6 +25,8 @@ from tasks.storage import DEFAULT_STORE, Store
 STEPS = 600
 THREADS = torch.get_num_threads()
 """What torch chooses by itself; read before any fixture changes it."""
+
+SECONDS_UNTIL_ALL_IS_REPORTED = 10
 
 CONFIG = TrainingConfig(min_steps=STEPS, batch_size=64, checkpoint_every_steps=50, seed=11)
 
@@ -63,6 +66,12 @@ def process_of(run_id: UUID) -> psutil.Process:
     return max(found, key=psutil.Process.create_time)
 
 
+def _age(run: FlowRun) -> float:
+    """Return for how many seconds a run has been in its state."""
+    assert run.state
+    return (datetime.now(UTC) - run.state.timestamp).total_seconds()
+
+
 def begin_and_signal(number: int) -> tuple[UUID, int]:
     """Start a long training, send a signal once it has kept checkpoints; return run and step."""
     out = prefect(
@@ -76,7 +85,8 @@ def begin_and_signal(number: int) -> tuple[UUID, int]:
     process.send_signal(number)
     process.wait(60)
     wait_for(run_id, lambda run: bool(run.state and run.state.is_crashed()))
-    time.sleep(3)  # the worker reports the death too, and would report it over a retry
+    # The worker reports the death too, and would report it over a retry.
+    wait_for(run_id, lambda run: bool(run.state and _age(run) > SECONDS_UNTIL_ALL_IS_REPORTED))
     return run_id, max(steps_kept(run_id))
 
 
