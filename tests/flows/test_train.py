@@ -130,7 +130,7 @@ def test_every_link_opens(summary: RunSummary) -> None:
 def test_links_to_records_open_a_copy_that_does_not_expire(
     first_run: FlowRun, summary: RunSummary
 ) -> None:
-    """The page of MLflow needs JavaScript to show what the link names, so that is asked for here."""
+    """MLflow's page shows by JavaScript what a link names, so that is asked for here."""
     for name in ("decision record", "validation report", "snapshot", "model card", "data card"):
         run, path = re.search(r"/runs/(\w+)/artifacts/(.+)", summary.links[name]).groups()
         copy = mlflow.artifacts.load_text(f"runs:/{run}/{path}")
