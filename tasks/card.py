@@ -51,11 +51,12 @@ _DEVELOPERS = [
 _SOFTWARE = ["torch", "torchvision", "numpy", "scikit-learn", "mlflow", "prefect"]
 _MNIST_WRITERS = (
     "MNIST's writers were employees of the US Census Bureau and US high school students (LeCun, "
-    "Cortes and Burges 1998, http://yann.lecun.com/exdb/mnist/)."
+    "Cortes and Burges 1998, http://yann.lecun.com/exdb/mnist/): a crossed 7 or a 1 with a long "
+    "upstroke, as people elsewhere write them, is rare."
 )
 _SAMPLE_WRITERS = (
-    "The sample's digits are by 13 people, whose names were not kept (Alpaydin and Kaynak 1998, "
-    "https://doi.org/10.24432/C50P49)."
+    "The sample's digits are by 13 people (Alpaydin and Kaynak 1998, "
+    "https://doi.org/10.24432/C50P49), of whom each may be in both splits."
 )
 _OWN_WRITERS = "Who wrote the digits is known to those who brought the data set."
 _SOURCES = {
