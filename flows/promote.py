@@ -9,6 +9,7 @@ from pydantic import Field, StringConstraints
 
 from tasks.evaluate import try_version
 from tasks.history import Account
+from tasks.models import ModelUnusable
 from tasks.registry import (
     approve_challenger,
     find_rollback,
@@ -17,6 +18,7 @@ from tasks.registry import (
     show_history,
 )
 from tasks.storage import DEFAULT_STORE
+from tasks.versions import Refused
 
 Words = Annotated[str, StringConstraints(min_length=1, pattern=r"\S")]
 Number = Annotated[int, Field(ge=1)]
@@ -44,10 +46,14 @@ def judge(
 
     """
     account = Account(who=who, why=reason)
-    if judgement == "reject":
-        rejected = reject_challenger(model, version, account, store)
-        return Completed(name="Rejected", message=f"{rejected.model} stays what it was; {reason}")
-    champion = approve_challenger(model, version, account, store)
+    try:
+        if judgement == "reject":
+            rejected = reject_challenger(model, version, account, store)
+            message = f"{rejected.model} does not become champion; {reason}"
+            return Completed(name="Rejected", message=message)
+        champion = approve_challenger(model, version, account, store)
+    except Refused as refusal:
+        return Failed(name="Refused", message=str(refusal))
     return Completed(name="Approved", message=f"the champion is {champion.model}; {reason}")
 
 
@@ -69,9 +75,12 @@ def roll_back(
         store: Where records are kept.
 
     """
-    target, champion = find_rollback(model, to)
-    accuracy = try_version(target, store)
-    roll_back_champion(target, champion, Account(who=who, why=reason), store)
+    try:
+        target, champion = find_rollback(model, to)
+        accuracy = try_version(target, store)
+        roll_back_champion(target, champion, Account(who=who, why=reason), store)
+    except (Refused, ModelUnusable) as refusal:
+        return Failed(name="Refused", message=str(refusal))
     return Completed(
         name="Rolled back",
         message=f"the champion is {target.model}, accuracy {accuracy:.4f}; {reason}",
@@ -87,7 +96,10 @@ def tell_history(model: Words = "mnist-cnn", store: str = DEFAULT_STORE) -> Stat
         store: Where records are kept.
 
     """
-    moves, problems = show_history(model, store)
+    try:
+        moves, problems = show_history(model, store)
+    except Refused as refusal:
+        return Failed(name="Refused", message=str(refusal))
     if problems:
         return Failed(name="History broken", message="; ".join(problems))
     return Completed(name="History whole", message=f"{moves} moves, each follows the one before")

@@ -8,7 +8,7 @@ from tasks.retain import RetentionPolicy, plan_removals, remove, report_removals
 from tasks.storage import DEFAULT_STORE
 
 
-@flow(name="retain")
+@flow(name="retain", flow_run_name="what {store} no longer needs")
 def retain(
     policy: RetentionPolicy = RetentionPolicy(),
     *,
@@ -27,5 +27,6 @@ def retain(
     if not dry_run:
         removals = remove(removals, store)
     report_removals(removals, dry_run=dry_run)
+    what = "; ".join(removal.what for removal in removals)
     name = "Nothing removed, dry run" if dry_run else "Removed"
-    return Completed(name=name, message="; ".join(removal.what for removal in removals) or "none")
+    return Completed(name=name, message=what or "nothing is old enough")

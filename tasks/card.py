@@ -51,11 +51,12 @@ _DEVELOPERS = [
 _SOFTWARE = ["torch", "torchvision", "numpy", "scikit-learn", "mlflow", "prefect"]
 _MNIST_WRITERS = (
     "MNIST's writers were employees of the US Census Bureau and US high school students (LeCun, "
-    "Cortes and Burges 1998, http://yann.lecun.com/exdb/mnist/)."
+    "Cortes and Burges 1998, http://yann.lecun.com/exdb/mnist/): a crossed 7 or a 1 with a long "
+    "upstroke, as people elsewhere write them, is rare."
 )
 _SAMPLE_WRITERS = (
-    "The sample's digits are by 13 people, whose names were not kept (Alpaydin and Kaynak 1998, "
-    "https://doi.org/10.24432/C50P49)."
+    "The sample's digits are by 13 people (Alpaydin and Kaynak 1998, "
+    "https://doi.org/10.24432/C50P49), of whom each may be in both splits."
 )
 _OWN_WRITERS = "Who wrote the digits is known to those who brought the data set."
 _SOURCES = {
@@ -139,8 +140,8 @@ def publish_cards(
 ) -> dict[str, str]:
     """Write model card and data card as artifacts of the MLflow run; return links to them.
 
-    The pictures that `evaluate_models` drew go beside the cards. The model card is also shown in
-    Prefect, and the version's description links it.
+    The pictures that `evaluate_models` drew and the evaluations go beside the cards. The model card
+    is also shown in Prefect.
     """
     import mlflow  # noqa: PLC0415 - 2 s to import
     from mlflow import MlflowClient  # noqa: PLC0415
@@ -176,13 +177,6 @@ def publish_cards(
         (Path(folder) / "dataset" / "README.md").write_text(data_card)
         (Path(folder) / "data_card.md").write_text(_without_metadata(data_card))
         client.log_artifacts(candidate.run_id, folder, "card")
-    registered = client.get_model_version(version.name, version.version)
-    if pages["model_card"] not in (registered.description or ""):
-        client.update_model_version(
-            version.name,
-            version.version,
-            f"{registered.description or ''}\n\n[Model card]({pages['model_card']})".strip(),
-        )
     create_markdown_artifact(
         _without_metadata(card), key="model-card", description=f"Model card of {version.model}"
     )

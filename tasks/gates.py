@@ -145,10 +145,12 @@ def judge_validation(name: str, answer: ValidatedSnapshot | RejectedSnapshot) ->
 @task
 def report_gates(results: list[GateResult]) -> None:
     """Publish a table of what was planted and what became of it."""
-    rows = [result.model_dump() for result in results]
+    rows = [
+        {"result": "holds" if result.holds else "OPEN", **result.model_dump(exclude={"holds"})}
+        for result in results
+    ]
     for row in rows:
-        row["holds"] = "holds" if row["holds"] else "OPEN"
-        get_run_logger().info("%(holds)s  %(gate)s  %(planted)s  %(found)s", row)
+        get_run_logger().info("%(result)s  %(gate)s  %(planted)s  %(found)s", row)
     create_table_artifact(rows, key="gates", description="What was planted, and what became of it")
 
 

@@ -252,14 +252,14 @@ def show_history(name: str, store: str) -> tuple[int, list[str]]:
             "from": move.from_version or "none",
             "to": move.to_version,
             "who": move.who,
-            "why": move.why,
-            "run": f"[{move.run}]({move.run_url})",
+            "run": f"[open]({move.run_url})",
             "digest": move.digest[:12],
+            "why": move.why,  # last: a page may be too narrow for it
         }
         for move, carried_out in zip(history.moves, done, strict=True)
     ]
     for row in rows:
-        logger.info("  ".join(row[column] for column in list(row)[:7]))
+        logger.info("%(#)s  %(when)s  %(what)s  %(from)s  %(to)s  %(who)s  %(why)s", row)
     for move in history.lost:
         logger.warning("move %d was restored from the registry's tag", move.sequence)
     create_table_artifact(rows, key=f"history-{name}", description=f"Champions of {name}")

@@ -45,8 +45,7 @@ def report_rejection(rejected: RejectedSnapshot) -> RunSummary:
         links=links,
     )
     failures = "\n".join(f"- {failure}" for failure in rejected.failures)
-    body = f"Nothing was trained. What the data failed:\n\n{failures}\n\n{note}"
-    _publish(summary, snapshot, body)
+    _publish(summary, snapshot, f"Nothing was trained. What the data failed:\n\n{failures}", note)
     return summary
 
 
@@ -68,7 +67,7 @@ def report_skip(
         links=links,
     )
     body = f"Nothing was trained. The parameter `force` trains all the same.\n\n{note}"
-    _publish(summary, snapshot, body)
+    _publish(summary, snapshot, reason, body)
     return summary
 
 
@@ -149,14 +148,14 @@ def report_decision(
         _per_class(ours, theirs),
         "\n".join(f"- warning: {warning}" for warning in validated.warnings),
     ]
-    _publish(summary, snapshot, "\n\n".join(body))
+    _publish(summary, snapshot, decision.reason, "\n\n".join(body))
     return summary
 
 
-def _publish(summary: RunSummary, snapshot: Snapshot, body: str) -> None:
+def _publish(summary: RunSummary, snapshot: Snapshot, reason: str, body: str) -> None:
     links = " · ".join(f"[{name}]({address})" for name, address in summary.links.items())
     create_markdown_artifact(
-        f"# {summary.verdict}\n\n{summary.reason}\n\n{links}\n\n{body}\n",
+        f"# {summary.verdict}\n\n{reason}\n\n{links}\n\n{body}\n",
         key="report",
         description=f"{summary.verdict}: {snapshot.dataset}",
     )

@@ -138,7 +138,7 @@ def report_removals(removals: list[Removal], *, dry_run: bool) -> None:
     create_table_artifact(
         [removal.model_dump() for removal in removals],
         key="retention",
-        description=f"{len(removals)} {verb}",
+        description=f"{len(removals) or 'Nothing'} {verb}",
     )
 
 

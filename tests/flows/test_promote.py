@@ -159,6 +159,7 @@ def test_approval_rollback_and_history(awaiting: State) -> None:
 def test_a_rollback_to_a_version_that_does_not_exist_fails_with_a_sentence(awaiting: State) -> None:
     state = roll_back(to=9, reason="a guess", who="Ada", model=NAME, store=PLACE, return_state=True)
     assert state.is_failed()
+    assert state.name == "Refused"
     assert "has no version 9" in state.message
 
 

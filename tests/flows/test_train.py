@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -111,6 +112,7 @@ def test_the_run_shows_a_report_the_checks_and_its_progress(first_run: FlowRun) 
         )
     shown = {artifact.key: artifact for artifact in artifacts}
     assert str(shown["report"].data).startswith("# Promoted")
+    assert "[decision record](http" in str(shown["report"].data).split("| check |")[0]
     assert "accuracy of the worst digit" in str(shown["checks"].data)
     assert shown["training"].type == "progress"
     assert float(str(shown["training"].data)) == 100
@@ -123,6 +125,23 @@ def test_every_link_opens(summary: RunSummary) -> None:
     for address in summary.links.values():
         with urlopen(Request(address, headers={"Accept": "text/html"}), timeout=10) as answer:  # noqa: S310
             assert answer.status == 200
+
+
+def test_links_to_records_open_a_copy_that_does_not_expire(
+    first_run: FlowRun, summary: RunSummary
+) -> None:
+    """MLflow's page shows by JavaScript what a link names, so that is asked for here."""
+    for name in ("decision record", "validation report", "snapshot", "model card", "data card"):
+        run, path = re.search(r"/runs/(\w+)/artifacts/(.+)", summary.links[name]).groups()
+        copy = mlflow.artifacts.load_text(f"runs:/{run}/{path}")
+        assert "X-Amz-Expires" not in copy
+        if name == "decision record":
+            record = MlflowClient().get_model_version("digits-cnn", "1").tags["decision_record"]
+            assert copy.encode() == Store(DEFAULT_STORE).get(Store(DEFAULT_STORE).name_of(record))
+        elif name == "model card":
+            evaluation = re.search(r"\[its evaluation\]\(.+/artifacts/(.+?)\)", copy)[1]
+            figures = json.loads(mlflow.artifacts.load_text(f"runs:/{run}/{evaluation}"))
+            assert figures["accuracy"] == summary.accuracy
 
 
 def test_a_second_run_with_nothing_new_is_skipped_with_the_reason(
