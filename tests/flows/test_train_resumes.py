@@ -104,7 +104,7 @@ def uninterrupted() -> dict[str, torch.Tensor]:
     """Train here with as many threads as the flow's process takes: their number rounds sums."""
     before = torch.get_num_threads()
     torch.set_num_threads(THREADS)
-    weights = train(embedded_sample()[0], CONFIG).model.state_dict()
+    weights = train(embedded_sample()[0], CONFIG).model.folded().state_dict()
     torch.set_num_threads(before)
     return weights
 
