@@ -11,7 +11,7 @@ demo: $(STAMP) ## set everything up, retrain once through the real stack, show w
 run: $(STAMP) ## retrain once on the stack that is up: make run PARAMS="--param dataset=digits"
 	$(BIN)/python -m deployments.demo $(PARAMS)
 
-tour: $(STAMP) ## five weeks in a few minutes: good data, bad data, no data, a rollback
+tour: $(STAMP) ## four weeks in a few minutes: good data, bad data, no data, a rollback
 	$(BIN)/python -m deployments.tour
 
 drop: export BATCH := $(BATCH)

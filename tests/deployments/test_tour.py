@@ -1,5 +1,7 @@
 """The pieces of the tour, on the embedded sample."""
 
+from datetime import UTC, datetime
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,9 @@ from expectations.reference import reference_profile
 from expectations.validation import validate_batch
 from mnist_cnn.comparison import images_to_prove
 from mnist_cnn.digits import Digits
-from mnist_cnn.promotion import evidence_level
+from mnist_cnn.evaluation import evaluate, measure_all
+from mnist_cnn.promotion import ReuseHistory, Scored, decide, evidence_level
+from mnist_cnn.training import TrainingConfig, train
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +61,43 @@ def test_what_arrives_in_the_second_week_is_good_and_in_the_third_bad(parts: Par
     assert not critical(parts.good)
     assert critical(parts.inverted)
     assert critical(parts.shuffled)
+
+
+def test_the_second_model_of_the_sample_is_promoted(parts: Parts) -> None:
+    grown = Digits(
+        np.concatenate([parts.train.images, parts.good.images]),
+        np.concatenate([parts.train.labels, parts.good.labels]),
+    )
+    measured = measure_all(
+        {
+            "first": train(parts.train, TrainingConfig(), "cpu").model,
+            "second": train(grown, TrainingConfig(), "cpu").model,
+        },
+        parts.test,
+    )
+
+    def scored(name: str, until: datetime | None) -> Scored:
+        outcomes = measured[name]
+        figures = evaluate(outcomes, parts.test, model=name, snapshot="sample", outcomes=name)
+        arrays = outcomes.arrays()
+        probabilities = arrays.pop("probabilities")
+        return Scored(
+            model=name,
+            snapshot="sample",
+            test_split="sample",
+            labels=parts.test.labels,
+            right=probabilities.argmax(1) == parts.test.labels,
+            factors={factor: found == parts.test.labels for factor, found in arrays.items()},
+            data_until=until,
+            shifted_prior_accuracy=figures.priors.worst.accuracy,
+            calibration_error=figures.calibration.expected_error,
+            error_confidence=figures.confidence.when_wrong,
+            latency_ms=1,  # neither is measured here
+            size_bytes=100_000,
+        )
+
+    first, second = scored("first", None), scored("second", datetime.now(UTC))
+    alone = decide(first, None, POLICY, ReuseHistory("sample", ()))
+    assert alone.verdict == "promote", alone.reason
+    then = decide(second, first, POLICY, ReuseHistory("sample", ("first",)))
+    assert then.verdict == "promote", then.reason

@@ -74,7 +74,7 @@ def named(runs: list[FlowRun], but: str) -> list[FlowRun]:
 
 def test_ten_drops_make_one_ingest_and_then_one_training(stack: Stack, soon: None) -> None:
     dataset = "ten-drops"
-    parts = sample_parts()
+    parts = sample_parts((1_000, 360, 197, 120, 120))
     begin(dataset, parts)
     images = parts.train
     with get_client(sync_client=True) as prefect:
