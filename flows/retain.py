@@ -28,5 +28,7 @@ def retain(
         removals = remove(removals, store)
     report_removals(removals, dry_run=dry_run)
     what = "; ".join(removal.what for removal in removals)
+    if not what:
+        return Completed(name="Nothing to remove", message="nothing is old enough")
     name = "Nothing removed, dry run" if dry_run else "Removed"
-    return Completed(name=name, message=what or "nothing is old enough")
+    return Completed(name=name, message=what)

@@ -141,4 +141,4 @@ def test_the_flow_removes_what_it_listed_and_nothing_that_is_needed(
     assert models.names(lost) == []
     assert models.names(champion)
     again = retain(store=store.address, dry_run=False, return_state=True)
-    assert again.message == "none"
+    assert (again.name, again.message) == ("Nothing to remove", "nothing is old enough")
