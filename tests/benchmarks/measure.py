@@ -70,21 +70,23 @@ def timed(result: Result, name: str = "") -> Iterator[None]:
 
 
 def measure_peer(name: str, seed: int, device: Device, epochs: int | None = None) -> Result:
-    """Train a peer's recipe, or the first epochs of it, and measure it on the test split."""
+    """Train a peer's recipe, or the first epochs of it, and measure it on its test part."""
     from tests.benchmarks import baselines  # noqa: PLC0415 - its torchvision is not ours to pay for
 
     recipe, place = baselines.RECIPES[name], choose_device(device)
-    digits = baselines.part(read_digits("train"), recipe.share, seed)
-    dataset = baselines.ImageByImage(digits, png=recipe.png)
-    few = torch.utils.data.Subset(dataset, range(10 * recipe.batch_size))
+    train_part, held_part, test_part = recipe.split(read_digits("train"), read_digits("t10k"), seed)
+    learnt, held = recipe.dataset(train_part), recipe.dataset(held_part)
+    few = torch.utils.data.Subset(learnt, range(10 * recipe.batch_size))
     result: Result = {"epochs": epochs or recipe.epochs, "published_epochs": recipe.epochs}
     with timed(result, "warmup_"):
-        baselines.fit(recipe, few, epochs=1, seed=seed, device=place)
+        baselines.fit(recipe, few, few, epochs=1, seed=seed, device=place)
     with timed(result):
-        model = baselines.fit(recipe, dataset, epochs=result["epochs"], seed=seed, device=place)
+        model = baselines.fit(
+            recipe, learnt, held, epochs=result["epochs"], seed=seed, device=place
+        )
         next(model.parameters()).detach().cpu()  # waits for a GPU to have finished
-    accuracy = baselines.accuracy(model, read_digits("t10k"), place)
-    return result | {"accuracy": accuracy, "images": result["epochs"] * len(digits)}
+    accuracy = baselines.accuracy(model, test_part, recipe, place)
+    return result | {"accuracy": accuracy, "images": result["epochs"] * len(train_part)}
 
 
 def measure_ours(preset: str, seed: int, device: Device) -> Result:

@@ -33,11 +33,11 @@ def test_a_peer_has_the_published_number_of_parameters(name: str) -> None:
 
 @pytest.mark.parametrize("name", baselines.RECIPES)
 def test_a_peer_sees_the_digits_as_they_are(name: str) -> None:
-    digits = embedded_sample()[1]
-    image, label = baselines.ImageByImage(digits, png=baselines.RECIPES[name].png)[7]
+    digits, recipe = embedded_sample()[1], baselines.RECIPES[name]
+    image, label = recipe.dataset(digits)[7]
     pixels = torch.from_numpy(digits.images[7]) / 255
     assert label == digits.labels[7]
-    torch.testing.assert_close(image[0] * 0.3081 + 0.1307, pixels)
+    torch.testing.assert_close(image[0] * recipe.deviation + recipe.mean, pixels)
 
 
 @pytest.mark.parametrize("name", baselines.RECIPES)
@@ -47,8 +47,14 @@ def test_a_peer_learns(name: str) -> None:
     assert result["epochs"] == 1
 
 
-def test_a_seed_recipe_trains_on_seven_tenths() -> None:
-    assert len(baselines.part(embedded_sample()[0], baselines.RECIPES["seed"].share, 0)) == 1006
+def test_the_seed_recipe_merges_and_splits_afresh_and_the_example_does_not() -> None:
+    train, test = embedded_sample()
+    parts = baselines.RECIPES["seed"].split(train, test, 0)
+    everything = len(train) + len(test)
+    assert [round(len(part) / everything, 2) for part in parts] == [0.7, 0.15, 0.15]
+    merged = sorted(image.tobytes() for part in parts for image in part.images)
+    assert merged == sorted(image.tobytes() for half in (train, test) for image in half.images)
+    assert baselines.RECIPES["pytorch-example"].split(train, test, 0) == (train, test, test)
 
 
 def test_our_flops_are_those_of_the_convolutions() -> None:

@@ -276,6 +276,7 @@ def test_the_demo_ends_with_verdict_and_addresses(stack: Stack) -> None:
         [
             *(sys.executable, "-m", "deployments.demo", "--start"),
             *("--param", "dataset=auto", "--param", "force=true"),
+            *("--param", 'training={"preset": "quick"}'),
         ],
         cwd=PROJECT,
         env=os.environ | settings,
