@@ -73,3 +73,17 @@ def warp(images: Tensor, warps: Tensor, degrees: float, stretch: float) -> Tenso
     pixels = images.unsqueeze(1).float()
     warped = functional.grid_sample(pixels, grid, align_corners=False)
     return warped.squeeze(1).round().to(torch.uint8)
+
+
+def soften(images: Tensor, every: int) -> Tensor:
+    """Return uint8 (N, 28, 28) of which the first of each `every` is out of focus; 0: none.
+
+    Blurred by the mean of 3 x 3 pixels.
+    """
+    if not every:
+        return images
+    result = images.clone()
+    sharp = images[::every].unsqueeze(1).float()
+    blurred = functional.avg_pool2d(sharp, 3, stride=1, padding=1)
+    result[::every] = blurred.squeeze(1).round().to(torch.uint8)
+    return result

@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mnist_cnn.augmentation import draw_epoch, shift, warp
+from mnist_cnn.augmentation import draw_epoch, shift, soften, warp
 from mnist_cnn.device import fits
 from mnist_cnn.digits import CLASSES, Digits
+from mnist_cnn.hard_examples import HardExamples
 from mnist_cnn.recipe import Recipe, TrainingConfig
 
 # Steps whose images are gathered at a time: small enough that memory stays flat.
@@ -20,7 +21,8 @@ class Batches:
 
     Images that fit on the device are sent there once; else each block of a few batches is gathered
     from the host's memory (or from a file, if `digits.images` is a memory map) and sent. The
-    batches are the same. Of several processes, each gets its share of every batch.
+    batches are the same. Of several processes, each gets its share of every batch. The first epoch
+    shows every image once, a later one shows the hard ones in several rounds.
 
     Raises ValueError if nothing can be learnt from the split.
     """
@@ -45,25 +47,57 @@ class Batches:
         self._home = place if resident else torch.device("cpu")
         self._resident = torch.tensor(digits.images, device=place) if resident else None
         self._labels = torch.tensor(digits.labels, device=self._home)
+        self._hard = HardExamples(
+            len(self._kept), self._recipe.hard_share, self._recipe.batch_size, place
+        )
+        self._shown = torch.arange(0)
 
     def start(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield images, uint8 (share, 28, 28), and labels from `step` on, epoch after epoch."""
-        recipe = self._recipe
-        places = torch.arange(self.per_epoch * recipe.batch_size, device=self._home)
+        """Yield images, uint8 (share, 28, 28), and labels from `step` on, epoch after epoch.
+
+        Before the next batch is asked for, `note` must have been told the losses of this one.
+        """
+        recipe, size = self._recipe, self._recipe.batch_size
+        places = torch.arange(self.per_epoch * size, device=self._home)
         places = places.view(self.per_epoch, self._world, self.share)[:, self._rank]
+        kept = self._kept.to(self._home)
         while True:
             epoch, position = divmod(step, self.per_epoch)
-            draws = draw_epoch(len(self._kept), recipe.shift, self._seed, epoch).to(self._home)
-            order = self._kept.to(self._home)[draws.order]
-            for first in range(position, self.per_epoch, _STEPS_PER_BLOCK):
-                block = places[first : first + _STEPS_PER_BLOCK]
-                images, labels = self.load(order[block.flatten()])
-                for number, chosen in enumerate(block):
+            draws = draw_epoch(len(kept), recipe.shift, self._seed, epoch)
+            first, last, order = self._round(epoch, position, draws.order)
+            draws = draws.to(self._home)
+            for begin in range(position, last, _STEPS_PER_BLOCK):
+                end = min(begin + _STEPS_PER_BLOCK, last)
+                shown = order[(begin - first) * size : (end - first) * size].view(-1, size)
+                mine = shown.view(-1, self._world, self.share)[:, self._rank]
+                images, labels = self.load(kept[mine.flatten()])
+                for number, chosen in enumerate(places[begin:end]):
+                    self._shown = shown[number]
                     part = slice(number * self.share, (number + 1) * self.share)
                     moved = shift(images[part], draws.shifts[chosen].to(self._place), recipe.shift)
                     warps = draws.warps[chosen].to(self._place)
-                    yield warp(moved, warps, recipe.degrees, recipe.stretch), labels[part]
-            step += self.per_epoch - position
+                    turned = warp(moved, warps, recipe.degrees, recipe.stretch)
+                    yield soften(turned, recipe.blur_every), labels[part]
+            step += last - position
+
+    def _round(self, epoch: int, position: int, order: Tensor) -> tuple[int, int, Tensor]:
+        """Return the round that `position` lies in: its first step, the one after it, its order."""
+        if not epoch or self._hard.round_steps >= self.per_epoch:
+            return 0, self.per_epoch, order.to(self._home)
+        number, within = divmod(position, self._hard.round_steps)
+        first = position - within
+        if not within:
+            self._hard.begin_round()
+        last = min(first + self._hard.round_steps, self.per_epoch)
+        return first, last, self._hard.choose(number, order).to(self._home)
+
+    def note(self, losses: Tensor) -> None:
+        """Remember the losses of the whole batch that was yielded last, all processes' shares."""
+        self._hard.note(self._shown.to(losses.device), losses)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the live tensors that a checkpoint must hold; copy into them to restore."""
+        return self._hard.state()
 
     def load(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Return these images and labels, undistorted, on the device."""

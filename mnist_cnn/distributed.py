@@ -66,7 +66,8 @@ def train_distributed(
     """Train as `train` does, in several processes; a killed one has all go on from a checkpoint.
 
     The images come in the same order as in one process, and the weights differ only by the order in
-    which sums are rounded. Callbacks and the store are used in this process.
+    which sums are rounded; from the second epoch on that may also exchange two images of which one
+    just is among the hard ones. Callbacks and the store are used in this process.
 
     Raises what `train` raises, and RuntimeError if the workers fail more than `restarts` times.
     """

@@ -61,17 +61,24 @@ class Learner:
         )
         self._sums = torch.zeros(2, device=place)  # of the epoch: loss, images that were right
 
-    def step(self, images: Tensor, labels: Tensor, number: int, steps: int) -> None:
+    def step(self, images: Tensor, labels: Tensor, number: int, steps: int) -> Tensor:
         """Take step `number` of `steps`, from 1; halve the micro-batch for as long as memory lacks.
+
+        Returns the loss of each image before the step, float32, of all processes' shares.
 
         Raises MemoryError when halving would change the mathematics. On a GPU nothing here waits
         for the device.
         """
-        sums = self._gradients_in_memory(images, labels)
+        losses, right = self._gradients_in_memory(images, labels)
         warm = self._recipe.warmup * steps
         rising = number / warm if warm else 1.0
         self._optimizer.step(number, min(rising, (steps - number + 1) / (steps - warm)))
-        self._sums += sums
+        self._sums += torch.stack([losses.sum(), right])
+        if self._world == 1:
+            return losses
+        everyones = [torch.empty_like(losses) for _ in range(self._world)]
+        distributed.all_gather(everyones, losses)
+        return torch.cat(everyones)
 
     def warm_up(self) -> None:
         """Compile, and let a GPU's libraries choose, over blank images; learns nothing."""
@@ -79,10 +86,10 @@ class Learner:
             return
         blank = torch.zeros(self._share, SIDE, SIDE, dtype=torch.uint8, device=self._place)
         zeros = torch.zeros(self._share, dtype=torch.int64, device=self._place)
-        self._gradients_in_memory(blank, zeros).tolist()  # waits for the device
+        self._gradients_in_memory(blank, zeros)[1].item()  # waits for the device
         self._optimizer.zero_grad()
 
-    def _gradients_in_memory(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _gradients_in_memory(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         while True:
             try:
                 return self._gradients(images, labels)
@@ -91,10 +98,11 @@ class Learner:
                     raise
                 self._halve(error)
 
-    def _gradients(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Add up the gradients of the batch's mean loss; return the sums of loss and of right."""
+    def _gradients(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Add up the gradients of the mean loss; return each loss, and how many were right."""
         self._optimizer.zero_grad()
-        sums: list[Tensor] = []
+        losses: list[Tensor] = []
+        right: list[Tensor] = []
         for first in range(0, self._share, self.micro_batch):
             part = slice(first, first + self.micro_batch)
             last = first + self.micro_batch >= self._share
@@ -104,12 +112,13 @@ class Learner:
                 loss = functional.cross_entropy(
                     logits,
                     labels[part],
-                    reduction="sum",
+                    reduction="none",
                     label_smoothing=self._recipe.label_smoothing,
                 )
-                (loss / self._share).backward()
-            sums.append(torch.stack([loss.detach(), (logits.argmax(1) == labels[part]).sum()]))
-        return torch.stack(sums).sum(0)
+                (loss.sum() / self._share).backward()
+            losses.append(loss.detach())
+            right.append((logits.argmax(1) == labels[part]).sum())
+        return torch.cat(losses), torch.stack(right).sum()
 
     def _halve(self, error: RuntimeError) -> None:
         smaller = self.micro_batch // 2

@@ -50,7 +50,7 @@ class DigitCNN(nn.Module):
     convolutions, and returns float32 logits (N, 10).
     """
 
-    def __init__(self, channels: tuple[int, int, int, int] = (16, 32, 32, 64)) -> None:
+    def __init__(self, channels: tuple[int, int, int, int] = (16, 32, 64, 64)) -> None:
         super().__init__()
         first, second, third, fourth = channels
         self.features = nn.Sequential(
@@ -58,17 +58,17 @@ class DigitCNN(nn.Module):
             GroupedBatchNorm(first),
             nn.ReLU(inplace=True),
             nn.Conv2d(first, second, 3, bias=False),
+            nn.MaxPool2d(2),
             GroupedBatchNorm(second),
             nn.ReLU(inplace=True),
             nn.Conv2d(second, third, 3, bias=False),
-            nn.MaxPool2d(2),
             GroupedBatchNorm(third),
             nn.ReLU(inplace=True),
             nn.Conv2d(third, fourth, 3, bias=False),
             GroupedBatchNorm(fourth),
             nn.ReLU(inplace=True),
         )
-        self.classify = nn.Linear(fourth * 2 * 2, CLASSES)
+        self.classify = nn.Linear(fourth, CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits of uint8 images."""

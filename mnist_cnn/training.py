@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 from mnist_cnn.batches import Batches
 from mnist_cnn.checkpoint import Checkpoint, CheckpointStore, Writer, newest_valid
@@ -47,6 +47,11 @@ _SECONDS_BETWEEN_PROGRESS = 1.0
 # An epoch with less than this share of the best epoch's accuracy has collapsed, and a training that
 # ends with less than twice the accuracy of guessing has learnt nothing.
 _COLLAPSE, _GUESSING = 0.5, 1 / CLASSES
+_DECIDING = (
+    *("augmentation", "batches", "hard_examples", "learner", "model", "optimization"),
+    "training",
+)
+"""The modules that decide a training's numbers."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,8 @@ class EpochMetrics:
     loss: float
     """Mean cross entropy against the smoothed labels over the epoch's images, nats."""
     accuracy: float
-    """Share of the epoch's training images that were classified rightly as they went by."""
+    """Share of the images shown that were classified rightly as they went by; after the first
+    epoch those are the hard ones, several times."""
     validation_loss: float | None
     """Mean cross entropy of the images set aside, nats; None if there are none."""
     validation_accuracy: float | None
@@ -225,7 +231,8 @@ class _Run:
             if spent:
                 state.outcome = "time budget"
                 break
-            self._learner.step(*next(batches), state.step + 1, self._steps)
+            losses = self._learner.step(*next(batches), state.step + 1, self._steps)
+            self._batches.note(losses)
             state.step += 1
             ends = state.step % self._per_epoch == 0 or state.step == self._steps
             if ends:
@@ -295,6 +302,7 @@ class _Run:
         return metrics
 
     def _check_accuracy(self, metrics: EpochMetrics) -> None:
+        # An epoch of hard images alone falls as low only if a tenth of all labels are wrong.
         best = max(past.accuracy for past in self._state.history)
         floor = max(_COLLAPSE * best, 2 * _GUESSING if metrics.step == self._steps else 0)
         if metrics.accuracy < floor:
@@ -313,7 +321,7 @@ class _Run:
 
     def _snapshot(self) -> Checkpoint:
         self._check_finite()
-        live = self._learner.state()
+        live = self._tensors()
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in live.items()}
         position = {
             "epoch": self._state.step // self._per_epoch,
@@ -321,6 +329,10 @@ class _Run:
             "seed": self._config.seed,
         }
         return Checkpoint(self._state.step, self._identity, asdict(self._state) | position, copies)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return the live tensors that a checkpoint must hold."""
+        return {**self._learner.state(), **self._batches.state()}
 
     @cached_property
     def _identity(self) -> dict[str, str]:
@@ -331,7 +343,7 @@ class _Run:
             "precision": str(self._learner.dtype),
             "compiled": self._learner.compiled,
         }
-        shapes = {name: list(tensor.shape) for name, tensor in self._learner.state().items()}
+        shapes = {name: list(tensor.shape) for name, tensor in self._tensors().items()}
         return {
             "data": self._digits.digest(),
             "config": json.dumps(numbers, sort_keys=True),
@@ -345,7 +357,7 @@ class _Run:
         if checkpoint is None:
             return None, refusals
         with torch.no_grad():
-            for name, tensor in self._learner.state().items():
+            for name, tensor in self._tensors().items():
                 tensor.copy_(checkpoint.tensors[name])
         past = checkpoint.progress
         # A spent time budget may have been raised since; it is asked again.
@@ -358,6 +370,6 @@ class _Run:
 def _code() -> str:
     """Return a digest of the modules that decide the numbers, and torch's version."""
     total = hashlib.sha256()
-    for module in ("augmentation", "batches", "learner", "model", "optimization", "training"):
+    for module in _DECIDING:
         total.update((Path(__file__).parent / f"{module}.py").read_bytes())
     return f"{total.hexdigest()[:16]} with torch {torch.__version__}"

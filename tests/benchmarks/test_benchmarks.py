@@ -58,9 +58,9 @@ def test_the_seed_recipe_merges_and_splits_afresh_and_the_example_does_not() -> 
 
 
 def test_our_flops_are_those_of_the_convolutions() -> None:
-    model = DigitCNN((16, 32, 32, 64))
-    inside = 12 * 12 * 16 * 25 + 10 * 10 * 32 * 16 * 9 + 8 * 8 * 32 * 32 * 9
-    inside += 2 * 2 * 64 * 32 * 9 + 256 * 10
+    model = DigitCNN((16, 32, 64, 64))
+    inside = 12 * 12 * 16 * 25 + 10 * 10 * 32 * 16 * 9 + 3 * 3 * 64 * 32 * 9
+    inside += 64 * 64 * 9 + 64 * 10
     assert measure.flop_per_image(model, 8) == 6 * inside - 2 * 12 * 12 * 16 * 25
 
 

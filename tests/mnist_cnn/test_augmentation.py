@@ -1,6 +1,6 @@
 import torch
 
-from mnist_cnn.augmentation import draw_epoch, shift, warp
+from mnist_cnn.augmentation import draw_epoch, shift, soften, warp
 
 
 def _dot(row: int, column: int) -> torch.Tensor:
@@ -41,3 +41,15 @@ def test_an_epoch_is_drawn_from_its_seed_and_number_alone() -> None:
     assert not torch.equal(first.order, draw_epoch(100, 1, 4, 7).order)
     assert sorted(first.order.tolist()) == list(range(100))
     assert set(first.shifts.unique(sorted=True).tolist()) == {0, 1, 2}  # type: ignore[no-untyped-call]  # torch's
+
+
+def test_one_of_so_many_images_is_blurred_and_the_others_stay() -> None:
+    images = torch.zeros(9, 28, 28, dtype=torch.uint8)
+    images[:, 14, 14] = 90
+    softened = soften(images, 4)
+    assert (softened[::4, 13:16, 13:16] == 10).all()
+    assert (softened[::4].sum((1, 2)) == 90).all()
+    sharp = [n for n in range(9) if n % 4]
+    assert torch.equal(softened[sharp], images[sharp])
+    assert images[0, 14, 14] == 90
+    assert soften(images, 0) is images
