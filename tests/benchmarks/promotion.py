@@ -41,10 +41,10 @@ POLICY = PromotionPolicy(factor_floors=dict.fromkeys(CONDITIONS[1:], 0.9))
 RECIPES = {
     "same recipe, other seeds": [TrainingConfig(seed=seed) for seed in range(14)],
     "damaged recipe, half of the epochs": [
-        TrainingConfig(seed=seed, epochs=2) for seed in range(200, 204)
+        TrainingConfig(seed=seed, epochs=1) for seed in range(200, 204)
     ],
     "damaged recipe, a quarter of the epochs": [
-        TrainingConfig(seed=seed, epochs=1) for seed in range(100, 104)
+        TrainingConfig(seed=seed, epochs=0.5) for seed in range(100, 104)
     ],
 }
 
