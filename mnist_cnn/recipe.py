@@ -57,11 +57,11 @@ _STANDARD = Recipe(
     blur_every=16,
 )
 RECIPES: dict[Preset, Recipe] = {
-    "quick": _STANDARD.model_copy(update={"epochs": 0.6, "degrees": 0, "stretch": 0}),
+    "quick": _STANDARD.model_copy(update={"epochs": 0.5, "degrees": 0, "stretch": 0}),
     "standard": _STANDARD,
     "best": _STANDARD.model_copy(
         update={
-            "epochs": 5,
+            "epochs": 4,
             "channels": (32, 64, 64, 128),
             "degrees": 10,
             "stretch": 0.1,
