@@ -101,7 +101,7 @@ class TrainingConfig(BaseModel, frozen=True, extra="forbid"):
         None, gt=0, le=10, description="Peak rate of all but filters; empty: the preset's."
     )
     min_steps: int = Field(
-        60,
+        100,
         ge=0,
         le=1_000_000,
         description="Optimizer steps at least: few images are shown in as many epochs as it takes.",
