@@ -53,7 +53,8 @@ check: $(STAMP) ## lint, format, types, import contracts
 clean: ## remove the environment and caches; data of the local stack (.stack/) stays
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
+# Modules are compiled when they are first imported: most never are, and it takes over a minute.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --no-compile --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@

@@ -11,8 +11,16 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
 from prefect.utilities.urls import url_for
 
-from deployments.stack import PROJECT, Stack, StackError, start
-from deployments.watch import say_verdict, speaking_to_prefect, stages, title, trigger, watch
+from deployments.stack import PROJECT, Stack, start
+from deployments.watch import (
+    say_verdict,
+    speaking_to_prefect,
+    stages,
+    title,
+    told_plainly,
+    trigger,
+    watch,
+)
 from tasks.records import RunSummary
 from tasks.storage import DEFAULT_STORE, Store
 
@@ -23,19 +31,16 @@ def main() -> int:
     parser.add_argument("--start", action="store_true", help="start the local stack first")
     parser.add_argument("--param", action="append", default=[], help="NAME=VALUE, for the flow")
     words = parser.parse_args()
-    try:
-        if words.start:
-            start(Stack.configured(), deploy=PROJECT / "deployments" / "prefect.yaml")
-        with speaking_to_prefect(local=words.start) as prefect:
-            run = watch(prefect, trigger(prefect, "train/weekly", words.param))
-            _show(prefect, run)
-    except StackError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nStopped watching; the run goes on. `make down` stops everything.")
-        return 130
-    if words.start:
+    return told_plainly(lambda: _retrain(words.param, start_stack=words.start))
+
+
+def _retrain(params: list[str], *, start_stack: bool) -> int:
+    if start_stack:
+        start(Stack.configured(), deploy=PROJECT / "deployments" / "prefect.yaml")
+    with speaking_to_prefect(local=start_stack) as prefect:
+        run = watch(prefect, trigger(prefect, "train/weekly", params))
+        _show(prefect, run)
+    if start_stack:
         print("\nThe stack stays up. Stop it with: make down")
     return 0 if run.state and run.state.is_completed() else 1
 

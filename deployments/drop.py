@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import httpx
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.events import Event, Resource
 from pydantic import TypeAdapter
@@ -51,10 +52,16 @@ def drop(dataset: str, batch: str, files: dict[str, bytes]) -> str:
 
 
 def announce(prefect: SyncPrefectClient, dataset: str, batch: str) -> None:
-    """Emit the event that deployments/prefect.yaml waits for."""
+    """Emit the event that deployments/prefect.yaml waits for; StackError if nobody took it."""
     resource = Resource({"prefect.resource.id": f"dataset.{dataset}"})
     event = Event(event="batch.arrived", resource=resource, payload={"batch": batch})
-    prefect.request("POST", "/events", json=[event.model_dump(mode="json")])
+    try:
+        prefect.request("POST", "/events", json=[event.model_dump(mode="json")])
+    except httpx.HTTPError as error:
+        raise StackError(
+            f"batch {batch} lies there, but the Prefect server did not take the news of it "
+            f"({error}); the nightly run of ingest/on-arrival finds it, or start that run now"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.utilities.urls import url_for
 
 from deployments.drop import drop
-from deployments.stack import PROJECT, Stack, StackError, start
-from deployments.watch import say_verdict, speaking_to_prefect, trigger, watch
+from deployments.stack import PROJECT, Stack, start
+from deployments.watch import say_verdict, speaking_to_prefect, told_plainly, trigger, watch
 from mnist_cnn.digits import Digits, embedded_sample, write_idx
 from mnist_cnn.promotion import PromotionPolicy
 from tasks.batch_files import write_parquet
@@ -76,16 +76,13 @@ class Row:
 
 def main() -> int:
     """Return 0 only if every week ended as the story says."""
-    try:
-        start(Stack.configured(), deploy=PROJECT / "deployments" / "prefect.yaml")
-        with speaking_to_prefect(local=True) as prefect:
-            rows, links = tell(prefect, f"tour-{datetime.now(UTC):%Y%m%d-%H%M%S}", cut())
-    except StackError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nStopped watching; the run goes on. `make down` stops everything.")
-        return 130
+    return told_plainly(_tour)
+
+
+def _tour() -> int:
+    start(Stack.configured(), deploy=PROJECT / "deployments" / "prefect.yaml")
+    with speaking_to_prefect(local=True) as prefect:
+        rows, links = tell(prefect, f"tour-{datetime.now(UTC):%Y%m%d-%H%M%S}", cut())
     print(f"\n{table(rows)}\n")
     for name, address in links.items():
         print(f"  {name:<26} {address}")

@@ -5,7 +5,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from uuid import uuid4
 
@@ -16,6 +16,18 @@ from prefect.client.schemas.sorting import TaskRunSort
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from deployments.stack import PROJECT, Stack, StackError, environment
+
+
+def told_plainly(work: Callable[[], int]) -> int:
+    """Return the exit code of `work`; tell a fault of the stack in a sentence."""
+    try:
+        return work()
+    except StackError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped watching; the run goes on. `make down` stops everything.")
+        return 130
 
 
 @contextmanager

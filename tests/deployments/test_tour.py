@@ -2,9 +2,13 @@
 
 from datetime import UTC, datetime
 
+import httpx
 import numpy as np
 import pytest
+from prefect.client.orchestration import SyncPrefectClient
 
+from deployments.drop import announce
+from deployments.stack import StackError
 from deployments.tour import POLICY, Parts, Row, sample_parts, table
 from expectations.image_table import image_table
 from expectations.reference import reference_profile
@@ -101,3 +105,18 @@ def test_the_second_model_of_the_sample_is_promoted(parts: Parts) -> None:
     assert alone.verdict == "promote", alone.reason
     then = decide(second, first, POLICY, ReuseHistory("sample", ("first",)))
     assert then.verdict == "promote", then.reason
+
+
+class Deaf(SyncPrefectClient):
+    """A client whose server went away after it was greeted."""
+
+    def __init__(self) -> None:
+        pass
+
+    def request(self, *_: object, **__: object) -> httpx.Response:
+        raise httpx.ConnectError("connection refused")
+
+
+def test_an_arrival_that_the_server_does_not_hear_of_is_a_sentence() -> None:
+    with pytest.raises(StackError, match=r"monday lies there.*refused.*nightly run"):
+        announce(Deaf(), "digits", "monday")

@@ -296,6 +296,7 @@ def test_the_snippet_runs_as_printed(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     monkeypatch.chdir(tmp_path)
     mlflow.set_tracking_uri(address)
+    mlflow.set_experiment("snippet")  # else that of another test, which this server has not
     torch.manual_seed(0)
     model = DigitCNN().eval()
     try:

@@ -338,36 +338,25 @@ def test_a_batch_may_have_any_name(store: Store, base: Snapshot, name: str) -> N
     assert read_ledger(store, "digits")[0].batch == name
 
 
-# Forks one process for each batch, and kills it in front of its n-th write.
 KILLED = """
-import os, signal, sys
+import sys
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
 from prefect.logging import disable_run_logger
 from tasks.ingest import find_arrivals, ingest_batch
 from tasks.ledger import read_base
 from tasks.storage import Store
+from tests.tasks.kill import kill_before_each_write
 from expectations import suites, validation  # what a fork should not import again
 import pandas, great_expectations, pyarrow.parquet
 
-def dying(write, left):
-    def write_and_die(*arguments, **options):
-        if not left:
-            os.kill(os.getpid(), signal.SIGKILL)
-        left.pop()
-        return write(*arguments, **options)
-    return write_and_die
+def ingest(place):
+    with disable_run_logger():
+        ingest_batch.fn(read_base(Store(place), "digits"), "monday", None)
 
-for number, place in enumerate(sys.argv[1:]):
-    child = os.fork()
-    if child == 0:
-        left = [None] * number
-        for method in ("put", "remove", "copy"):
-            setattr(Store, method, dying(getattr(Store, method), left))
-        with disable_run_logger():
-            ingest_batch.fn(read_base(Store(place), "digits"), "monday", None)
-        os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+writes = [(Store, "put"), (Store, "remove"), (Store, "copy")]
+for _, code in kill_before_each_write(sys.argv[1:], writes, ingest):
+    print(code, flush=True)
     # What the server does when the lease of a minute ends.
     with get_client(sync_client=True) as prefect:
         free = GlobalConcurrencyLimitUpdate(active_slots=0)

@@ -345,35 +345,24 @@ WRITES = 6
 CHAMPION_MOVES = 4
 
 KILLED = """
-import os, signal, sys
+import os, sys
 from mlflow import MlflowClient
 from tasks.history import Account
 from tasks.registry import approve_challenger
 from tasks.storage import Store
+from tests.tasks.kill import kill_before_each_write
 
-def dying(write, left):
-    def write_and_die(*arguments, **options):
-        if not left:
-            os.kill(os.getpid(), signal.SIGKILL)
-        left.pop()
-        return write(*arguments, **options)
-    return write_and_die
+def approve(name):
+    os.environ["PREFECT__RUNTIME__FLOW_RUN__ID"] = "run-of-" + name
+    approve_challenger.fn(name, 2, Account(who="Ada", why="I looked"), sys.argv[1])
 
-for number, name in enumerate(sys.argv[2:]):
-    child = os.fork()
-    if child == 0:
-        os.environ["PREFECT__RUNTIME__FLOW_RUN__ID"] = "run-of-" + name
-        left = [None] * number
-        for owner, method in [
-            (MlflowClient, "set_model_version_tag"), (MlflowClient, "set_registered_model_alias"),
-            (MlflowClient, "update_model_version"), (Store, "put"),
-            (MlflowClient, "delete_registered_model_alias"),
-        ]:
-            setattr(owner, method, dying(getattr(owner, method), left))
-        ada = Account(who="Ada", why="I looked")
-        approve_challenger.fn(name, 2, ada, sys.argv[1])
-        os._exit(0)
-    print(name, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+writes = [
+    (MlflowClient, "set_model_version_tag"), (MlflowClient, "set_registered_model_alias"),
+    (MlflowClient, "update_model_version"), (Store, "put"),
+    (MlflowClient, "delete_registered_model_alias"),
+]
+for name, code in kill_before_each_write(sys.argv[2:], writes, approve):
+    print(name, code, flush=True)
 """
 
 
