@@ -322,7 +322,13 @@ class _Run:
     def _snapshot(self) -> Checkpoint:
         self._check_finite()
         live = self._tensors()
-        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in live.items()}
+        # Laid out here: if the writer's thread did it, OpenMP would keep threads for it too, find
+        # more of them than cores, and let each wait of training sleep: half as slow again.
+        plain = torch.contiguous_format
+        copies = {
+            name: tensor.detach().to("cpu", copy=True, memory_format=plain)
+            for name, tensor in live.items()
+        }
         position = {
             "epoch": self._state.step // self._per_epoch,
             "position": self._state.step % self._per_epoch,
