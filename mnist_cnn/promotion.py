@@ -155,7 +155,7 @@ class PromotionPolicy(BaseModel, frozen=True, extra="forbid"):
         description="Most time of one image, milliseconds. The CNN needs less than 0.5 on a CPU.",
     )
     size_ceiling_bytes: int = Field(
-        1_000_000, gt=0, description="Most size of the stored model. The CNN has 206,000 bytes."
+        1_000_000, gt=0, description="Most size of the stored model. The CNN has 284,000 bytes."
     )
     overall_margin: float = Field(
         0.001,
