@@ -25,7 +25,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import distributed
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined] # they are public
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined] # documented, but not in torch's own stubs
 
 from mnist_cnn.batches import Batches
 from mnist_cnn.checkpoint import CheckpointStore, LocalCheckpoints, Writer, decode

@@ -240,7 +240,8 @@ def _per_class(candidate: Evaluation, champion: Evaluation | None) -> str:
 
 
 def _figure(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"  # noqa: PLR2004 - bytes
+    # Bytes are whole numbers, which four digits would round.
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
 
 
 def _share(value: float | None) -> str:
