@@ -53,8 +53,10 @@ check: $(STAMP) ## lint, format, types, import contracts
 clean: ## remove the environment and caches; data of the local stack (.stack/) stays
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
-# Modules are compiled when they are first imported: most never are, and it takes over a minute.
+# pip compiles on one core, which takes three times as long. Some packages carry templates that do
+# not compile; an import compiles what is missing.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --no-compile --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	touch $@
