@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo run tour drop test up down status approve reject rollback history check clean
+.PHONY: demo run tour drop test up down status approve reject rollback history check lock clean
 
 demo: $(STAMP) ## set everything up, retrain once through the real stack, show what happened
 	$(BIN)/python -m deployments.demo --start --param dataset=auto
@@ -49,6 +49,10 @@ check: $(STAMP) ## lint, format, types, import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+lock: $(STAMP) ## renew constraints.txt; what `make test` refuses, such as a server's log with an error, is no renewal
+	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --all-extras \
+		--no-header --no-annotate --no-emit-index-url --output-file constraints.txt pyproject.toml
 
 clean: ## remove the environment and caches; data of the local stack (.stack/) stays
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
