@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
-from prefect import runtime, task
+from prefect import runtime
 from prefect.artifacts import create_markdown_artifact
 
 from expectations.reference import WORTH_A_LOOK, compare_profiles
@@ -35,7 +35,8 @@ from mnist_cnn.recipe import PROCEDURE
 from tasks.ledger import read_base
 from tasks.records import SPLITS, Candidate, ModelVersion, ValidatedSnapshot
 from tasks.shards import read_profile
-from tasks.storage import Store, worth_another_try
+from tasks.step import step
+from tasks.storage import Store
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -130,7 +131,7 @@ def write_data_card(data: DataFacts) -> str:
     return f"{card}\n"
 
 
-@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+@step
 def publish_cards(
     validated: ValidatedSnapshot,
     candidate: Candidate,

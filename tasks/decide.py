@@ -4,17 +4,18 @@ import io
 from datetime import UTC, datetime
 
 import numpy as np
-from prefect import get_run_logger, runtime, task
+from prefect import get_run_logger, runtime
 
 from mnist_cnn.digits import Digits
 from mnist_cnn.evaluation import Evaluation
 from mnist_cnn.promotion import Decision, PromotionPolicy, ReuseHistory, Scored, decide
 from tasks.records import ModelVersion, Snapshot
 from tasks.shards import read_snapshot, read_split
-from tasks.storage import Store, worth_another_try
+from tasks.step import step
+from tasks.storage import Store
 
 
-@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+@step
 def decide_promotion(
     candidate: Evaluation,
     champion: tuple[Evaluation, ModelVersion] | None,

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
-from prefect import get_run_logger, runtime, task
+from prefect import get_run_logger, runtime
 
 from mnist_cnn.cost import measure_size, measure_times
 from mnist_cnn.digits import Digits
@@ -14,7 +14,8 @@ from mnist_cnn.statistics import measure_shift
 from tasks.models import ModelUnusable, load_model
 from tasks.records import ModelVersion, Snapshot
 from tasks.shards import read_snapshot, read_split
-from tasks.storage import Store, worth_another_try
+from tasks.step import step
+from tasks.storage import Store
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 _DEVICE_DIFFERENCE = 0.002  # of accuracy: another device may round a few images to another digit
 
 
-@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+@step
 def evaluate_models(models: Mapping[str, str], snapshot: Snapshot) -> dict[str, Evaluation]:
     """Measure models, given as role and address, on the snapshot's test split.
 
@@ -88,7 +89,7 @@ def evaluate_networks(
     return evaluations, measured
 
 
-@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+@step
 def try_version(version: ModelVersion, store: str) -> float:
     """Load a version and let it classify the test images of its own snapshot; return its accuracy.
 

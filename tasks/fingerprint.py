@@ -11,11 +11,11 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prefect import get_run_logger, runtime, task
+from prefect import get_run_logger, runtime
 from pydantic import BaseModel
 
 from tasks.records import ModelVersion, Snapshot
-from tasks.storage import worth_another_try
+from tasks.step import step
 from tasks.versions import asking, moves_of, read_versions
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def fingerprint(
     )
 
 
-@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+@step
 def find_repeat(champion: ModelVersion | None, ours: Fingerprint) -> str | None:
     """Say in a sentence why a run would only repeat another one; None if it would not.
 

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-from prefect import get_run_logger, task
+from prefect import get_run_logger
 from prefect.artifacts import create_table_artifact
 from pydantic import BaseModel
 
@@ -22,7 +22,8 @@ from tasks.evaluate import evaluate_networks
 from tasks.models import ModelUnusable, load_model
 from tasks.records import ModelVersion, RejectedSnapshot, Snapshot, ValidatedSnapshot
 from tasks.shards import read_split, write_snapshot
-from tasks.storage import Store, worth_another_try
+from tasks.step import step
+from tasks.storage import Store
 
 _NOISE = "Gaussian noise=0.08"
 
@@ -37,14 +38,14 @@ class GateResult(BaseModel, frozen=True):
     holds: bool
 
 
-@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+@step
 def copy_snapshot(snapshot: Snapshot, scratch: str) -> Snapshot:
     """Write the data to a store of the check's own, where everything else is planted beside it."""
     train, test = read_split(snapshot, "train"), read_split(snapshot, "test")
     return write_snapshot(Store(scratch), snapshot.dataset, train, test, "a copy")
 
 
-@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+@step
 def check_decisions(
     champion: ModelVersion, snapshot: Snapshot, policy: PromotionPolicy | None
 ) -> list[GateResult]:
@@ -84,7 +85,7 @@ def check_decisions(
     return results
 
 
-@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+@step
 def check_loading(champion: ModelVersion) -> GateResult:
     """Cut the champion's file in half, in a copy, and load that."""
     import mlflow.artifacts  # noqa: PLC0415 - 2 s to import
@@ -107,7 +108,7 @@ def check_loading(champion: ModelVersion) -> GateResult:
     )
 
 
-@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+@step
 def poison(snapshot: Snapshot) -> dict[str, Snapshot]:
     """Write poisoned copies of a snapshot beside it."""
     train, test = read_split(snapshot, "train"), read_split(snapshot, "test")
@@ -142,7 +143,7 @@ def judge_validation(name: str, answer: ValidatedSnapshot | RejectedSnapshot) ->
     )
 
 
-@task
+@step
 def report_gates(results: list[GateResult]) -> None:
     """Publish a table of what was planted and what became of it."""
     rows = [
@@ -154,7 +155,7 @@ def report_gates(results: list[GateResult]) -> None:
     create_table_artifact(rows, key="gates", description="What was planted, and what became of it")
 
 
-@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+@step
 def clear(scratch: str) -> None:
     """Remove everything that was planted."""
     store = Store(scratch)

@@ -3,7 +3,7 @@
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
-from prefect import get_run_logger, task
+from prefect import get_run_logger
 from prefect.artifacts import create_table_artifact
 from pydantic import BaseModel
 
@@ -29,7 +29,8 @@ from tasks.ledger import (
 from tasks.models import load_model
 from tasks.records import ModelVersion, Snapshot, Verdict
 from tasks.shards import extend_snapshot, read_digests, read_profile, write_shards
-from tasks.storage import Entry, Store, worth_another_try
+from tasks.step import step
+from tasks.storage import Entry, Store
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,7 +46,7 @@ class Arrivals(BaseModel, frozen=True):
     """They have no marker and were written to a short time ago."""
 
 
-@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+@step
 def find_arrivals(snapshot: Snapshot, quiet_minutes: float) -> Arrivals:
     """Finish what an earlier ingest left undone, and return the batches that are there.
 
@@ -71,7 +72,7 @@ def find_arrivals(snapshot: Snapshot, quiet_minutes: float) -> Arrivals:
     return Arrivals(complete=complete, waiting=waiting)
 
 
-@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+@step
 def ingest_batch(snapshot: Snapshot, batch: str, champion: ModelVersion | None) -> Verdict | None:
     """Judge one batch and move it; None if another ingest was faster.
 
@@ -99,7 +100,7 @@ def ingest_batch(snapshot: Snapshot, batch: str, champion: ModelVersion | None) 
     return verdict
 
 
-@task
+@step
 def report_ingest(verdicts: list[Verdict], arrivals: Arrivals, store: str) -> str:
     """Publish what became of each batch, and say it in a sentence."""
     place = Store(store)

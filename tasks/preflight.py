@@ -4,8 +4,7 @@ import os
 from urllib.error import URLError
 from urllib.request import urlopen
 
-from prefect import task
-
+from tasks.step import step
 from tasks.storage import Store
 
 
@@ -13,7 +12,7 @@ class TrackingUnreachable(ConnectionError):
     """The MLflow server does not answer, or was never named."""
 
 
-@task
+@step
 def check_services(store: str) -> None:
     """Write to and read from `store`, and ask the MLflow server how it is.
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prefect import get_run_logger, runtime, task
+from prefect import get_run_logger, runtime
 from prefect.artifacts import create_table_artifact
 
 from mnist_cnn.promotion import Decision
@@ -22,7 +22,8 @@ from tasks.fingerprint import TAG as FINGERPRINT
 from tasks.fingerprint import Fingerprint
 from tasks.history import Account, Action, Move, plan_move, read_history, trace
 from tasks.records import Candidate, ModelVersion
-from tasks.storage import Store, worth_another_try
+from tasks.step import step
+from tasks.storage import Store
 from tasks.versions import (
     CHALLENGER,
     CHAMPION,
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from mnist_cnn.evaluation import Evaluation
 
 
-@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+@step
 def find_champion(name: str) -> ModelVersion | None:
     """Return the version with the alias `champion`; None only if the registry says there is none.
 
@@ -55,14 +56,14 @@ def find_champion(name: str) -> ModelVersion | None:
         return find_version(name, CHAMPION)
 
 
-@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+@step
 def find_previous(name: str) -> ModelVersion | None:
     """Return the champion before the present one, which the card shows beside it."""
     with asking(f"the previous champion of {name}"):
         return find_version(name, PREVIOUS)
 
 
-@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+@step
 def register_candidate(
     candidate: Candidate,
     measured: "Evaluation",
@@ -111,7 +112,7 @@ def register_candidate(
         return describe(version, candidate.snapshot)
 
 
-@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+@step
 def link_version(version: ModelVersion, links: Mapping[str, str]) -> None:
     """Add links to the version's description, from where a browser opens them."""
     lines = "\n".join(f"- [{name}]({address})" for name, address in links.items())
@@ -119,7 +120,7 @@ def link_version(version: ModelVersion, links: Mapping[str, str]) -> None:
         _append(version.name, version.version, lines)
 
 
-@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+@step
 def set_champion(
     version: ModelVersion, replaces: ModelVersion | None, why: str, store: str
 ) -> bool:
@@ -137,7 +138,7 @@ def set_champion(
         return True
 
 
-@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+@step
 def set_challenger(version: ModelVersion) -> None:
     """Point the alias `challenger` at a version that waits for a person's approval."""
     from mlflow import MlflowClient  # noqa: PLC0415
@@ -146,7 +147,7 @@ def set_challenger(version: ModelVersion) -> None:
         MlflowClient().set_registered_model_alias(version.name, CHALLENGER, version.version)
 
 
-@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+@step
 def approve_challenger(name: str, number: int, account: Account, store: str) -> ModelVersion:
     """Make the challenger champion, if nothing has changed since it was evaluated, else Refused."""
     with asking(f"the aliases of {name}"), exclusive(name):
@@ -169,7 +170,7 @@ def approve_challenger(name: str, number: int, account: Account, store: str) -> 
         return describe(version)
 
 
-@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+@step
 def reject_challenger(name: str, number: int, account: Account, store: str) -> ModelVersion:
     """Record that the challenger was rejected, and take its alias away; no champion moves."""
     with asking(f"the aliases of {name}"), exclusive(name):
@@ -184,7 +185,7 @@ def reject_challenger(name: str, number: int, account: Account, store: str) -> M
         return describe(version)
 
 
-@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+@step
 def find_rollback(name: str, number: int | None) -> tuple[ModelVersion, ModelVersion | None]:
     """Return the version to roll back to, `previous` if none is named, and today's champion.
 
@@ -217,7 +218,7 @@ def find_rollback(name: str, number: int | None) -> tuple[ModelVersion, ModelVer
         return describe(version), find_version(name, CHAMPION)
 
 
-@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+@step
 def roll_back_champion(
     target: ModelVersion, replaces: ModelVersion | None, account: Account, store: str
 ) -> None:
@@ -233,7 +234,7 @@ def roll_back_champion(
         _move_champion("roll back", target, present, account, Store(store))
 
 
-@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+@step
 def show_history(name: str, store: str) -> tuple[int, list[str]]:
     """Publish a table of all moves; return their number and what is wrong with the history.
 

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import quote
 
-from prefect import runtime, task
+from prefect import runtime
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
@@ -23,7 +23,8 @@ from tasks.records import (
     Snapshot,
     ValidatedSnapshot,
 )
-from tasks.storage import LINK_LIFE, Store, worth_another_try
+from tasks.step import step
+from tasks.storage import LINK_LIFE, Store
 
 _STATE_NAMES: dict[Verdict, str] = {
     "promote": "Promoted",
@@ -32,7 +33,7 @@ _STATE_NAMES: dict[Verdict, str] = {
 }
 
 
-@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+@step
 def report_rejection(rejected: RejectedSnapshot) -> RunSummary:
     """Publish why the data was refused."""
     snapshot = rejected.snapshot
@@ -49,7 +50,7 @@ def report_rejection(rejected: RejectedSnapshot) -> RunSummary:
     return summary
 
 
-@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+@step
 def report_skip(
     validated: ValidatedSnapshot, champion: ModelVersion | None, reason: str
 ) -> RunSummary:
@@ -71,7 +72,7 @@ def report_skip(
     return summary
 
 
-@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+@step
 def report_decision(
     validated: ValidatedSnapshot,
     candidate: Candidate,

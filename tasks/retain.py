@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID
 
-from prefect import get_run_logger, task
+from prefect import get_run_logger
 from prefect.artifacts import create_table_artifact
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
@@ -19,7 +19,8 @@ from pydantic import BaseModel, Field
 
 from tasks.exclusion import exclusive
 from tasks.history import Move
-from tasks.storage import Store, worth_another_try
+from tasks.step import step
+from tasks.storage import Store
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion as RegisteredVersion
@@ -106,13 +107,13 @@ def choose_removals(
     return removals
 
 
-@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+@step
 def plan_removals(policy: RetentionPolicy, store: str) -> list[Removal]:
     """Look at store, runs and registry, and return what the policy no longer wants."""
     return choose_removals(_ended(Store(store)), _versions(), policy, datetime.now(UTC))
 
 
-@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+@step
 def remove(removals: list[Removal], store: str) -> list[Removal]:
     """Remove what was planned, unless it is needed by now; return what was removed."""
     place, logger, removed = Store(store), get_run_logger(), list[Removal]()
@@ -128,7 +129,7 @@ def remove(removals: list[Removal], store: str) -> list[Removal]:
     return removed
 
 
-@task
+@step
 def report_removals(removals: list[Removal], *, dry_run: bool) -> None:
     """Publish the list of what was removed, or would be."""
     logger = get_run_logger()

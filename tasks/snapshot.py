@@ -6,7 +6,7 @@ from http.client import HTTPException
 from typing import Annotated
 from urllib.request import urlopen
 
-from prefect import get_run_logger, task
+from prefect import get_run_logger
 from prefect.artifacts import create_table_artifact
 from pydantic import StringConstraints
 
@@ -15,7 +15,8 @@ from mnist_cnn.digits import Digits, digits_from_idx, embedded_sample
 from tasks.ledger import present_snapshot, read_base, read_ledger, write_base
 from tasks.records import SPLITS, Snapshot, ValidatedSnapshot
 from tasks.shards import read_profile, read_snapshot, write_snapshot
-from tasks.storage import Store, worth_another_try
+from tasks.step import step
+from tasks.storage import Store
 
 Dataset = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 """The name of a data set: `mnist`, `digits`, `auto`, or one whose base lies in the store."""
@@ -39,7 +40,7 @@ class DatasetUnknown(ValueError):
     """A data set is neither known by name nor has a base in the store."""
 
 
-@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+@step
 def take_snapshot(dataset: Dataset, store: str) -> Snapshot:
     """Return the present snapshot: what the data set began with, and every batch accepted since.
 
@@ -76,14 +77,14 @@ def take_snapshot(dataset: Dataset, store: str) -> Snapshot:
     return snapshot
 
 
-@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+@step
 def accept_base(validated: ValidatedSnapshot) -> None:
     """Let the data set begin with what was validated, if it has not begun; now it only grows."""
     if validated.snapshot.parent is None:
         write_base(Store(validated.snapshot.store), validated.snapshot)
 
 
-@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+@step
 def compare_snapshots(dataset: Dataset, before: str, after: str, store: str) -> str:
     """Publish what came in between two snapshots, given by their digests, and what it changed.
 

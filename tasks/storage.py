@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
-    from prefect.client.schemas import State
 
 DEFAULT_STORE = "s3://mnist-retraining"
 """Where data and records are kept if a run names no other place."""
@@ -38,11 +37,6 @@ class StorageUnreachable(ConnectionError):
 
 class StorageRefused(PermissionError):
     """The S3 server answers, but not to these credentials or not for this bucket."""
-
-
-def worth_another_try(_task: object, _run: object, state: "State[object]") -> bool:
-    """Tell Prefect to retry what failed to connect, and nothing else."""
-    return isinstance(state.result(raise_on_failure=False), ConnectionError)
 
 
 @dataclass(frozen=True)

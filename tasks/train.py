@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 import numpy as np
-from prefect import get_run_logger, runtime, task
+from prefect import get_run_logger, runtime
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
 from mnist_cnn.digits import CLASSES, SIDE
@@ -34,7 +34,8 @@ from mnist_cnn.training import (
 )
 from tasks.records import Candidate, ValidatedSnapshot
 from tasks.shards import read_split
-from tasks.storage import Store, worth_another_try
+from tasks.step import step
+from tasks.storage import Store
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -47,7 +48,7 @@ _KEPT_CHECKPOINTS = 3
 _SECONDS_BETWEEN_LOG_LINES = 10.0
 
 
-@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+@step
 def train_model(
     validated: ValidatedSnapshot,
     config: TrainingConfig,

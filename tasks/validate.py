@@ -2,7 +2,7 @@
 
 import json
 
-from prefect import get_run_logger, task
+from prefect import get_run_logger
 
 from expectations.image_table import image_table
 from expectations.report_page import render_report
@@ -10,10 +10,11 @@ from expectations.validation import validate
 from tasks.fingerprint import digest_code
 from tasks.records import RejectedSnapshot, Snapshot, ValidatedSnapshot
 from tasks.shards import read_split
-from tasks.storage import Store, worth_another_try
+from tasks.step import step
+from tasks.storage import Store
 
 
-@task(retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=worth_another_try)
+@step
 def validate_snapshot(snapshot: Snapshot) -> ValidatedSnapshot | RejectedSnapshot:
     """Judge both splits by their suites, store the result in S3, and pass or refuse the snapshot.
 
