@@ -132,7 +132,7 @@ def test_a_killed_run_goes_on_by_itself_and_ends_with_the_weights_of_an_uninterr
     assert len(kept.keys() & uninterrupted.keys()) >= len(kept)
 
 
-LONG = CONFIG.model_copy(update={"min_steps": 50_000, "learning_rate": 0.0005})
+LONG = CONFIG.model_copy(update={"min_steps": 8_000})
 
 
 def test_a_run_that_a_person_cancels_in_training_ends_cancelled_and_stays_so(stack: Stack) -> None:
