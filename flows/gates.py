@@ -5,6 +5,7 @@ from prefect.client.schemas import State
 from prefect.states import Completed, Failed
 
 from mnist_cnn.promotion import POLICIES, PromotionPolicy
+from tasks.attempt import TimeLimit, in_time
 from tasks.gates import (
     check_decisions,
     check_loading,
@@ -21,10 +22,12 @@ from tasks.validate import validate_snapshot
 
 
 @flow(name="gate-check", flow_run_name="gates of {dataset}")
+@in_time
 def check_gates(
     dataset: Dataset = "mnist",
     promotion: PromotionPolicy | None = None,
     store: str = DEFAULT_STORE,
+    time_limit_minutes: TimeLimit = 2 * 60,
 ) -> State[object]:
     """Plant faulty models and poisoned data, and see the real gates refuse each of them.
 
@@ -32,6 +35,7 @@ def check_gates(
         dataset: Whose champion the faulty models are made of.
         promotion: The policy to prove; empty: the data set's own.
         store: Where a place of its own is used, and emptied at the end.
+        time_limit_minutes: A run that takes longer is ended, as Timed out.
 
     """
     scratch = f"{store}/gate-check/{runtime.flow_run.id}"

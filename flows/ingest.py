@@ -7,12 +7,14 @@ from prefect.client.schemas import State
 from prefect.states import Completed, Failed
 from pydantic import Field, StringConstraints
 
+from tasks.attempt import TimeLimit, in_time
 from tasks.ingest import find_arrivals, ingest_batch, report_ingest
 from tasks.preflight import check_services
 from tasks.records import RejectedSnapshot, ValidatedSnapshot, Verdict
 from tasks.registry import find_champion
 from tasks.snapshot import Dataset, accept_base, compare_snapshots, take_snapshot
 from tasks.storage import DEFAULT_STORE
+from tasks.turn import in_turn
 from tasks.validate import validate_snapshot
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -20,10 +22,13 @@ QuietMinutes = Annotated[float, Field(ge=0, le=24 * 60)]
 
 
 @flow(name="ingest", flow_run_name="batches of {dataset}")
+@in_turn
+@in_time
 def ingest(
     dataset: Dataset = "mnist",
     store: str = DEFAULT_STORE,
     quiet_minutes: QuietMinutes = 10,
+    time_limit_minutes: TimeLimit = 60,
 ) -> State[object]:
     """Judge every batch that has arrived: it becomes training data, or is put aside.
 
@@ -32,6 +37,7 @@ def ingest(
         store: Where data and records are kept, `s3://BUCKET` or `s3://BUCKET/PREFIX`.
         quiet_minutes: A batch without the marker `_SUCCESS` is complete once nothing was written
             to it for so long.
+        time_limit_minutes: A run that takes longer is ended, as Timed out.
 
     """
     check_services(store)
@@ -44,8 +50,13 @@ def ingest(
 
 
 @flow(name="ingest", flow_run_name="snapshots of {dataset}")
+@in_time
 def compare(
-    before: Digest, after: Digest, dataset: Dataset = "mnist", store: str = DEFAULT_STORE
+    before: Digest,
+    after: Digest,
+    dataset: Dataset = "mnist",
+    store: str = DEFAULT_STORE,
+    time_limit_minutes: TimeLimit = 60,
 ) -> State[object]:
     """Say what came in between two snapshots, and what it changed in labels and images.
 
@@ -54,6 +65,7 @@ def compare(
         after: Digest of another one.
         dataset: Whose snapshots they are.
         store: Where data and records are kept.
+        time_limit_minutes: A run that takes longer is ended, as Timed out.
 
     """
     return Completed(name="Compared", message=compare_snapshots(dataset, before, after, store))

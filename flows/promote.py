@@ -7,6 +7,7 @@ from prefect.client.schemas import State
 from prefect.states import Completed, Failed
 from pydantic import Field, StringConstraints
 
+from tasks.attempt import TimeLimit, in_time
 from tasks.evaluate import try_version
 from tasks.history import Account
 from tasks.models import ModelUnusable
@@ -25,6 +26,7 @@ Number = Annotated[int, Field(ge=1)]
 
 
 @flow(name="promote", flow_run_name="{judgement} {model} {version}")
+@in_time
 def judge(
     *,
     judgement: Literal["approve", "reject"],
@@ -33,6 +35,7 @@ def judge(
     who: Words,
     model: Words = "mnist-cnn",
     store: str = DEFAULT_STORE,
+    time_limit_minutes: TimeLimit = 60,
 ) -> State[object]:
     """Approve or reject the challenger. An approval is refused if anything changed since.
 
@@ -43,6 +46,7 @@ def judge(
         who: Your name.
         model: The registered model.
         store: Where records are kept.
+        time_limit_minutes: A run that takes longer is ended, as Timed out.
 
     """
     account = Account(who=who, why=reason)
@@ -58,12 +62,14 @@ def judge(
 
 
 @flow(name="promote", flow_run_name="roll back {model}")
+@in_time
 def roll_back(
     reason: Words,
     who: Words,
     to: Number | None = None,
     model: Words = "mnist-cnn",
     store: str = DEFAULT_STORE,
+    time_limit_minutes: TimeLimit = 60,
 ) -> State[object]:
     """Make an earlier champion champion again, once it has been seen to load and to classify.
 
@@ -73,6 +79,7 @@ def roll_back(
         to: A version that was promoted once; empty: the previous champion.
         model: The registered model.
         store: Where records are kept.
+        time_limit_minutes: A run that takes longer is ended, as Timed out.
 
     """
     try:
@@ -88,12 +95,18 @@ def roll_back(
 
 
 @flow(name="promote", flow_run_name="history of {model}")
-def tell_history(model: Words = "mnist-cnn", store: str = DEFAULT_STORE) -> State[object]:
+@in_time
+def tell_history(
+    model: Words = "mnist-cnn",
+    store: str = DEFAULT_STORE,
+    time_limit_minutes: TimeLimit = 60,
+) -> State[object]:
     """List every move of the champion, and verify that none was changed or taken out.
 
     Args:
         model: The registered model.
         store: Where records are kept.
+        time_limit_minutes: A run that takes longer is ended, as Timed out.
 
     """
     try:

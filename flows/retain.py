@@ -4,16 +4,19 @@ from prefect import flow
 from prefect.client.schemas import State
 from prefect.states import Completed
 
+from tasks.attempt import TimeLimit, in_time
 from tasks.retain import RetentionPolicy, plan_removals, remove, report_removals
 from tasks.storage import DEFAULT_STORE
 
 
 @flow(name="retain", flow_run_name="what {store} no longer needs")
+@in_time
 def retain(
     policy: RetentionPolicy = RetentionPolicy(),
     *,
     dry_run: bool = True,
     store: str = DEFAULT_STORE,
+    time_limit_minutes: TimeLimit = 60,
 ) -> State[object]:
     """Remove checkpoints of ended runs and artifacts of versions that lost; list them.
 
@@ -21,6 +24,7 @@ def retain(
         policy: How long to keep what nothing depends on.
         dry_run: Only list what would be removed.
         store: Where data and records are kept.
+        time_limit_minutes: A run that takes longer is ended, as Timed out.
 
     """
     removals = plan_removals(policy, store)

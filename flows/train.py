@@ -10,6 +10,7 @@ from pydantic import Field
 from flows.ingest import QuietMinutes, take_in
 from mnist_cnn.promotion import POLICIES, PromotionPolicy
 from mnist_cnn.training import Device, TrainingConfig
+from tasks.attempt import TimeLimit, in_time
 from tasks.card import publish_cards
 from tasks.decide import decide_promotion
 from tasks.evaluate import evaluate_models
@@ -28,6 +29,7 @@ from tasks.report import report_decision, report_rejection, report_skip
 from tasks.snapshot import Dataset
 from tasks.storage import DEFAULT_STORE
 from tasks.train import train_model
+from tasks.turn import in_turn
 
 Processes = Annotated[int, Field(ge=1, le=64)]
 
@@ -41,6 +43,8 @@ def name_run() -> str:
 
 
 @flow(name="train", flow_run_name=name_run)
+@in_turn
+@in_time
 def train(
     dataset: Dataset = "mnist",
     training: TrainingConfig = TrainingConfig(),
@@ -49,6 +53,7 @@ def train(
     device: Device = "auto",
     processes: Processes = 1,
     quiet_minutes: QuietMinutes = 10,
+    time_limit_minutes: TimeLimit = 6 * 60,
     *,
     force: bool = False,
 ) -> State[object]:
@@ -64,6 +69,8 @@ def train(
         processes: More than one trains under torchrun, one process for each GPU.
         quiet_minutes: A batch without the marker `_SUCCESS` is complete once nothing was written
             to it for so long.
+        time_limit_minutes: A run that takes longer is ended, as Timed out; waiting for its turn
+            does not count.
         force: Train even if the champion was trained on the same data, in the same way.
 
     """

@@ -21,13 +21,16 @@ PATIENCE = "RETRAINING_PATIENCE_SECONDS"
 _DELAYS = [2, 5, 10, 20, 30, *[60] * 30]
 """Seconds before each repeat, as many as patience allows."""
 
+_BUSY = (408, 429)
+
 
 def step(function: Callable[P, R]) -> Task[P, R]:
     """Make a task of a function.
 
-    It is repeated for a quarter of an hour while it raises a ConnectionError, which is what every
-    service of ours raises when it is away or busy, and for no other error. Its result is never
-    taken from a cache, whatever the worker's settings say: tasks ask the world, which changes.
+    It is repeated for a quarter of an hour while a service is away or busy, which our own modules
+    tell by a ConnectionError and Prefect's client by errors of httpx, and for no other error. Its
+    result is never taken from a cache, whatever the worker's settings say: tasks ask the world,
+    which changes.
     """
     return task(
         retries=len(_DELAYS),
@@ -43,4 +46,13 @@ def worth_another_try(_task: object, run: "TaskRun", state: "State[object]") -> 
     """Tell Prefect to retry what failed to connect, and nothing else, for as long as patience."""
     waited = [0, *accumulate(_DELAYS)][min(run.run_count - 1, len(_DELAYS))]
     patient = waited < float(os.environ.get(PATIENCE) or 900)
-    return patient and isinstance(state.result(raise_on_failure=False), ConnectionError)
+    return patient and _is_away(state.result(raise_on_failure=False))
+
+
+def _is_away(error: object) -> bool:
+    import httpx  # noqa: PLC0415 - Prefect's client has loaded it by then
+
+    if isinstance(error, httpx.HTTPStatusError):
+        code = error.response.status_code
+        return code >= httpx.codes.INTERNAL_SERVER_ERROR or code in _BUSY
+    return isinstance(error, ConnectionError | httpx.TransportError)

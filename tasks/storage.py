@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,8 +32,13 @@ _CONTENT_TYPES = {
 }
 
 
+_SERVER_FAULT = 500
+_BUSY = {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "RequestLimitExceeded"}
+"""Codes of S3 errors that another try may not meet; so may any status of 429 or from 500 on."""
+
+
 class StorageUnreachable(ConnectionError):
-    """The S3 server does not answer; worth another try."""
+    """The S3 server does not answer, or is too busy; worth another try."""
 
 
 class StorageRefused(PermissionError):
@@ -197,6 +203,7 @@ class Store:
     def _speaking(self) -> Iterator[None]:
         """Turn what boto3 raises into a sentence: what was got, and what to do."""
         from botocore import exceptions as s3  # noqa: PLC0415
+        from botocore.parsers import ResponseParserError  # noqa: PLC0415
 
         try:
             yield
@@ -207,6 +214,12 @@ class Store:
             ) from error
         except s3.ClientError as error:
             code = error.response["Error"]["Code"]
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            if code in _BUSY or status == HTTPStatus.TOO_MANY_REQUESTS or status >= _SERVER_FAULT:
+                raise StorageUnreachable(
+                    f"the S3 server of {self.address} is busy: it answered {error.operation_name} "
+                    f"with {code}, status {status}; nothing is wrong with the request, try later"
+                ) from error
             if code == "NoSuchBucket":
                 raise StorageRefused(
                     f"bucket {self.bucket!r} does not exist; create it, or name another store"
@@ -216,7 +229,12 @@ class Store:
                 "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY belong to this server and may read "
                 "and write this bucket"
             ) from error
-        except (s3.HTTPClientError, s3.EndpointConnectionError) as error:
+        except (
+            s3.HTTPClientError,
+            s3.EndpointConnectionError,
+            s3.IncompleteReadError,
+            ResponseParserError,
+        ) as error:
             raise StorageUnreachable(
                 f"the S3 server of {self.address} does not answer ({error}); start it "
                 "(`make up` starts the local one) or correct AWS_ENDPOINT_URL_S3"
