@@ -1,0 +1,29 @@
+"""Look after the other runs: what went wrong is mended, and people are told."""
+
+from prefect import flow
+from prefect.client.schemas import State
+from prefect.states import Completed
+
+from tasks.alarms import WATCHED
+from tasks.attempt import TimeLimit, in_time
+from tasks.messages import WATCH_FLOW
+from tasks.notifications import notify_of_histories, notify_people
+from tasks.storage import DEFAULT_STORE
+from tasks.turn import OVERTAKEN, take_turn
+
+
+@flow(name=WATCH_FLOW, flow_run_name="look after {store}")
+@in_time
+def watch(store: str = DEFAULT_STORE, time_limit_minutes: TimeLimit = 60) -> State[object]:
+    """Look at all runs, models and schedules, and tell people what happened and what is wrong.
+
+    Args:
+        store: Where the messages that were sent are recorded.
+        time_limit_minutes: A run that takes longer is ended, as Timed out.
+
+    """
+    # recover_runs() goes here: before the turn, since the turn may wait for a store that is away.
+    if overtaken := take_turn({"dataset": None, "store": store}):
+        return Completed(name=OVERTAKEN, message=overtaken)
+    subjects = [*notify_people(store), *notify_of_histories(store)]
+    return Completed(name=WATCHED, message="; ".join(subjects) or "nothing to tell")
