@@ -25,7 +25,7 @@ import os
 import re
 import sys
 from datetime import UTC, datetime
-from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 from uuid import uuid4
 
 from prefect.blocks.abstract import NotificationBlock
@@ -37,7 +37,14 @@ from deployments.stack import StackError
 from deployments.watch import speaking_to_prefect
 from tasks.alarms import keep_rules
 from tasks.messages import Message
-from tasks.notifications import NAME, Recipient, describe_kinds, find_recipients, known_to_server
+from tasks.notifications import (
+    NAME,
+    Recipient,
+    apprise_query,
+    describe_kinds,
+    find_recipients,
+    known_to_server,
+)
 from tasks.notifications import send as send_to
 
 _EXPECTED = {
@@ -46,6 +53,10 @@ _EXPECTED = {
     "discordapp.com": "https://discordapp.com/api/webhooks/ID/TOKEN",
 }
 """Shapes of the addresses of hosts that take no other."""
+
+
+_PATIENCE = 12
+"""Seconds that Apprise waits for a webhook's answer; by itself it gives a slow one only 4."""
 
 
 class BadAddress(ValueError):
@@ -153,19 +164,20 @@ def mask(address: str) -> str:
 def _native(service: str, address: str, parts: SplitResult) -> tuple[str, NotificationBlock]:
     """Return the block for an https address that Apprise knows as that of a service."""
     secret = SecretStr(address)
-    if service == "discord":
+    if service == "Discord":
         identifier, token = parts.path.strip("/").split("/")[2:4]
         discord = DiscordWebhook(webhook_id=SecretStr(identifier), webhook_token=SecretStr(token))
         return "discord", discord
-    if service == "workflow":
+    if service.startswith("Power Automate"):
         return "teams", MicrosoftTeamsWebhook(url=secret)
-    return re.sub(r"[^a-z0-9]", "", service), SlackWebhook(url=secret)
+    return re.sub(r"[^a-z0-9]", "", service.lower()), SlackWebhook(url=secret)
 
 
 def _split(address: str) -> SplitResult:
     try:
         parts = urlsplit(address)
-        usable = parts.scheme and parts.netloc and parts.port != 0
+        web = parts.scheme in {"http", "https"}  # elsewhere a token may be where a port is
+        usable = parts.scheme and parts.netloc and not (web and parts.port == 0)
     except ValueError:  # such as a port that is no number, or half an IPv6 address
         usable = False
     if not usable or re.search(r"\s", address) or not address.isprintable():
@@ -185,16 +197,16 @@ def _service(address: str) -> str | None:
     found = Apprise.instantiate(address)
     if found is None:
         return None
-    return urlsplit(found.url()).scheme
+    return str(found.service_name)
 
 
 def _json_address(parts: SplitResult) -> str:
     """Return Apprise's form of a webhook: it posts JSON with these names and the same query."""
     query = [(f"-{name}", value) for name, value in parse_qsl(parts.query, keep_blank_values=True)]
-    query += [(":title", "subject"), (":message", "body")]
+    query += [(":title", "subject"), (":message", "body"), ("rto", str(_PATIENCE))]
     scheme = "jsons" if parts.scheme == "https" else "json"
     path = parts.path or "/"
-    return f"{scheme}://{parts.netloc}{path}?{urlencode(query, safe=':')}"
+    return f"{scheme}://{parts.netloc}{path}?{apprise_query(query)}"
 
 
 if __name__ == "__main__":

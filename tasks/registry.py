@@ -17,6 +17,7 @@ from prefect import get_run_logger, runtime
 from prefect.artifacts import create_table_artifact
 
 from mnist_cnn.promotion import Decision
+from tasks.events import emit_move
 from tasks.exclusion import exclusive
 from tasks.fingerprint import TAG as FINGERPRINT
 from tasks.fingerprint import Fingerprint
@@ -295,10 +296,12 @@ def _move_champion(
                 "nothing was promoted: somebody moves aliases by other means, find out who"
             )
         client.set_registered_model_alias(name, CHAMPION, version.version)
-    for move in moves_of(
-        target if present == version else read_version(name, int(version.version))
-    ):
+    if present != version:
+        target = read_version(name, int(version.version))
+    for move in moves_of(target):
         _settle(move)
+        if move.run == str(runtime.flow_run.id):
+            emit_move(move, target.tags["artifact_sha256"], target.tags["snapshot"], store.address)
 
 
 def _record(move: Move, store: Store) -> None:
