@@ -13,6 +13,7 @@ from expectations.report_page import render_report
 from expectations.validation import ValidationReport, validate_batch
 from mnist_cnn.digits import SIDE, Digits
 from tasks.batch_files import MARKER, BadBatch, RawBatch, check_names, parse_batch
+from tasks.events import emit_verdict
 from tasks.exclusion import exclusive
 from tasks.ledger import (
     digest_files,
@@ -58,6 +59,7 @@ def find_arrivals(snapshot: Snapshot, quiet_minutes: float) -> Arrivals:
         for verdict in unsettled(store, read_ledger(store, dataset)):
             get_run_logger().warning("batch %r was judged before; moving it", verdict.batch)
             settle(store, verdict)
+            emit_verdict(verdict, store.address)
     folder, now = incoming_folder(dataset), datetime.now(UTC)
     batches: dict[str, list[Entry]] = {}
     for entry in _objects(store, folder):
@@ -91,6 +93,7 @@ def ingest_batch(snapshot: Snapshot, batch: str, champion: ModelVersion | None) 
         present = present_snapshot(store, read_base(store, dataset) or snapshot, ledger)
         verdict, table = _judge(store, present, ledger, batch, entries, champion)
         write_verdict(store, verdict)
+        emit_verdict(verdict, store.address)
         if verdict.accepted:
             extend_snapshot(store, present, verdict.shards, verdict.arrived, table)
         settle(store, verdict)

@@ -21,6 +21,7 @@ from prefect.artifacts import create_table_artifact
 from pydantic import BaseModel
 
 from mnist_cnn.promotion import Decision
+from tasks.events import emit_move
 from tasks.exclusion import exclusive
 from tasks.fingerprint import TAG as FINGERPRINT
 from tasks.fingerprint import Fingerprint
@@ -351,10 +352,11 @@ def _move_champion(
             )
         client.set_registered_model_alias(name, CHAMPION, version.version)
         confirm(move, store)
-    for move in moves_of(
-        target if present == version else read_version(name, int(version.version))
-    ):
+        target = read_version(name, int(version.version))
+    for move in moves_of(target):
         _settle(move)
+        if move.run == str(runtime.flow_run.id):
+            emit_move(move, target.tags["artifact_sha256"], target.tags["snapshot"], store.address)
 
 
 def _did(action: Action, version: "RegisteredVersion", store: Store) -> bool:
