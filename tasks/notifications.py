@@ -33,6 +33,7 @@ from prefect.client.orchestration import get_client
 from pydantic import BaseModel, SecretStr
 
 from tasks.alarms import keep_rules
+from tasks.exclusion import exclusive
 from tasks.history import read_history, trace
 from tasks.messages import Message, Situation, compose
 from tasks.situation import look
@@ -198,6 +199,7 @@ class Outbox:
 
     def __init__(self, recipients: Sequence[Recipient], store: Store) -> None:
         self._recipients = {recipient.name: recipient for recipient in recipients}
+        self._failed = set[str]()
         self._store = store
         self._entries = {entry.name: entry for entry in store.entries(FOLDER)}
         self._logger = get_run_logger()
@@ -231,11 +233,11 @@ class Outbox:
         self, message: Message, names: Sequence[str], before: Delivery | None = None
     ) -> bool:
         """Send to those that did not fail in this pass, and record who took it."""
-        fit = [self._recipients[name] for name in names if name in self._recipients]
+        fit = [self._recipients[name] for name in names if name not in self._failed]
         results = send(fit, message)
         for name, reason in results.items():
             if reason:
-                del self._recipients[name]
+                self._failed.add(name)
                 self._logger.warning(
                     "block %s did not take %r: %s; it is tried again at the next look",
                     name,
@@ -303,14 +305,15 @@ def find_broken_histories(store: Store) -> dict[str, str]:
     """Return what is wrong with the history of each model that has one in the store."""
     broken = dict[str, str]()
     for model in sorted({name.split("/")[1] for name in store.names("models/")}):
-        with asking(f"the history of {model}"):
+        with asking(f"the history of {model}"), exclusive(model):  # no move is seen half done
             try:
                 champion = read_model(model).aliases.get(CHAMPION)
             except Refused as refusal:
                 broken[model] = f"it has a history, but {refusal}"
                 continue
             history = read_history(store, model, read_versions(model), restore=False)
-        if problems := [*history.problems, *trace(history.moves, champion)[1]]:
+        _, unexplained = trace(history.moves, champion, history.confirmed)
+        if problems := [*history.problems, *unexplained]:
             broken[model] = "; ".join(problems)
     return broken
 
