@@ -14,6 +14,7 @@ from tasks.records import RejectedSnapshot, ValidatedSnapshot, Verdict
 from tasks.registry import find_champion
 from tasks.snapshot import Dataset, accept_base, compare_snapshots, take_snapshot
 from tasks.storage import DEFAULT_STORE
+from tasks.sweep import find_waiting_datasets, start_ingests
 from tasks.turn import in_turn
 from tasks.validate import validate_snapshot
 
@@ -69,6 +70,23 @@ def compare(
 
     """
     return Completed(name="Compared", message=compare_snapshots(dataset, before, after, store))
+
+
+@flow(name="ingest", flow_run_name="all data sets")
+@in_time
+def sweep(store: str = DEFAULT_STORE, time_limit_minutes: TimeLimit = 60) -> State[object]:
+    """Start ingest/on-arrival for every data set that has something in `incoming/`.
+
+    Args:
+        store: Where data and records are kept.
+        time_limit_minutes: A run that takes longer is ended, as Timed out.
+
+    """
+    started, faults = start_ingests(find_waiting_datasets(store), store)
+    told = f"started for {', '.join(started)}" if started else "nothing has arrived"
+    if faults:
+        return Failed(name="Not started", message="; ".join([*faults, told]))
+    return Completed(name="Swept", message=told)
 
 
 def take_in(
