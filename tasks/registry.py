@@ -84,10 +84,26 @@ def find_champion(name: str) -> ModelVersion | None:
 
 
 @step
-def find_previous(name: str) -> ModelVersion | None:
-    """Return the champion before the present one, which the card shows beside it."""
-    with asking(f"the previous champion of {name}"):
-        return find_version(name, PREVIOUS)
+def find_opponents(
+    candidate: Candidate, store: str
+) -> tuple[ModelVersion | None, ModelVersion | None]:
+    """Return the champion to compare a candidate with, and the one before, shown in the card.
+
+    They are today's, unless an earlier attempt of this run registered the candidate and it was
+    promoted or judged since: then they are those that it was compared with.
+    """
+    name = candidate.name
+    with asking(f"the champions of {name}"):
+        versions = read_versions(name)
+        registered = [v for v in versions if v.run_id == candidate.run_id]
+        moves = _carried_out(name, versions, Store(store)) if registered else []
+        targets = [move.to_version for move in moves]
+        if registered and str(registered[0].version) in targets:
+            before = moves[: targets.index(str(registered[0].version))]
+            known = {version.model: version for version in map(describe, versions)}
+            champion = known.get(registered[0].tags["compared_with"])
+            return champion, _champion_before(champion, before, known)
+        return find_version(name, CHAMPION), find_version(name, PREVIOUS)
 
 
 @step
@@ -112,7 +128,6 @@ def register_candidate(
         "snapshot": candidate.snapshot,
         "verdict": decision.verdict,
         "reason": decision.reason,
-        "decision_record": decision_record,
         "compared_with": decision.champion or "no champion",
         "accuracy": str(measured.accuracy),
         "outcomes": measured.outcomes,
@@ -124,9 +139,12 @@ def register_candidate(
     }
     if made_of:
         tags[FINGERPRINT] = made_of.model_dump_json()
+    tags["decision_record"] = decision_record  # last: a repeat takes it for all of them
+    sentence = f"{decision.verdict}: {decision.reason}"
     with asking(f"the versions of {candidate.name}"):
         known = [v for v in read_versions(candidate.name) if v.run_id == candidate.run_id]
         if known and known[0].tags.get("decision_record") == decision_record:
+            _append(candidate.name, known[0].version, sentence)
             return describe(known[0])
         if known:
             for key, value in tags.items():
@@ -134,7 +152,6 @@ def register_candidate(
             version = known[0]
         else:
             version = mlflow.register_model(candidate.model, candidate.name, tags=tags)
-        sentence = f"{decision.verdict}: {decision.reason}"
         client.update_model_version(candidate.name, version.version, sentence)
         return describe(version, candidate.snapshot)
 
@@ -169,10 +186,16 @@ def set_champion(
 
 @step
 def set_challenger(version: ModelVersion) -> None:
-    """Point the alias `challenger` at a version that waits for a person's approval."""
+    """Point the alias `challenger` at a version that waits for a person's approval.
+
+    One that was judged already, before this run was resumed, waits no more.
+    """
     from mlflow import MlflowClient  # noqa: PLC0415
 
     with asking(f"the aliases of {version.name}"), exclusive(version.name):
+        moves = moves_of(read_version(version.name, int(version.version)))
+        if any(move.action in {"approve", "reject"} for move in moves):
+            return
         MlflowClient().set_registered_model_alias(version.name, CHALLENGER, version.version)
 
 
@@ -367,15 +390,30 @@ def _did(action: Action, version: "RegisteredVersion", store: Store) -> bool:
         return False
     if action == "reject":
         _record(own, store)
+    elif own not in _carried_out(own.model, read_versions(own.model), store):
+        return False
     else:
-        champion = read_model(own.model).aliases.get(CHAMPION)
-        history = read_history(store, own.model, read_versions(own.model), restore=False)
-        done, _ = trace(history.moves, champion, history.confirmed)
-        if (own, True) not in zip(history.moves, done, strict=True):
-            return False
         confirm(own, store)
     _settle(own)
     return True
+
+
+def _carried_out(name: str, versions: "list[RegisteredVersion]", store: Store) -> list[Move]:
+    """Return the moves of a model that were carried out, in order."""
+    champion = read_model(name).aliases.get(CHAMPION)
+    history = read_history(store, name, versions, restore=False)
+    done, _ = trace(history.moves, champion, history.confirmed)
+    return [move for move, carried_out in zip(history.moves, done, strict=True) if carried_out]
+
+
+def _champion_before(
+    champion: ModelVersion | None, moves: list[Move], known: Mapping[str, ModelVersion]
+) -> ModelVersion | None:
+    """Return what a champion replaced when it last became that, of the versions that are known."""
+    for move in reversed(moves):
+        if champion and move.action != "reject" and move.to_version == champion.version:
+            return known.get(f"models:/{move.model}/{move.from_version}")
+    return None
 
 
 def _begun_rollback(name: str) -> Rollback | None:
@@ -418,7 +456,7 @@ def _append(name: str, number: str, text: str) -> None:
 
     description = MlflowClient().get_model_version(name, number).description or ""
     if text not in description:
-        MlflowClient().update_model_version(name, number, f"{description}\n\n{text}")
+        MlflowClient().update_model_version(name, number, f"{description}\n\n{text}".strip())
 
 
 def _git_commit() -> str:
