@@ -8,7 +8,8 @@ from prefect.states import Completed, Failed
 from pydantic import Field, StringConstraints
 
 from tasks.attempt import TimeLimit, in_time
-from tasks.ingest import find_arrivals, ingest_batch, report_ingest
+from tasks.ingest import find_arrivals, find_intake, ingest_batch, keep_intake, report_ingest
+from tasks.outcome import once
 from tasks.preflight import check_services
 from tasks.records import RejectedSnapshot, ValidatedSnapshot, Verdict
 from tasks.registry import find_champion
@@ -23,6 +24,7 @@ QuietMinutes = Annotated[float, Field(ge=0, le=24 * 60)]
 
 
 @flow(name="ingest", flow_run_name="batches of {dataset}")
+@once
 @in_turn
 @in_time
 def ingest(
@@ -94,8 +96,11 @@ def take_in(
 ) -> tuple[ValidatedSnapshot | RejectedSnapshot, list[Verdict], str]:
     """Return the snapshot after everything that has arrived was judged, and what was said of it.
 
-    The part that `ingest` and `train` share.
+    The part that `ingest` and `train` share. A flow run that is resumed after it goes on with the
+    same; what has arrived since is for another run.
     """
+    if intake := find_intake(store):
+        return intake.validated, intake.verdicts, intake.told
     snapshot = take_snapshot(dataset, store)
     validated = validate_snapshot(snapshot)
     if isinstance(validated, RejectedSnapshot):
@@ -104,8 +109,10 @@ def take_in(
     arrivals = find_arrivals(snapshot, quiet_minutes)
     champion = find_champion(snapshot.model_name) if arrivals.complete else None
     judged = [ingest_batch(snapshot, batch, champion) for batch in arrivals.complete]
-    verdicts = [verdict for verdict in judged if verdict]
+    verdicts = [*arrivals.judged, *(verdict for verdict in judged if verdict)]
     told = report_ingest(verdicts, arrivals, store)
     if any(verdict.accepted for verdict in verdicts):
         validated = validate_snapshot(take_snapshot(snapshot.dataset, store))
+    if isinstance(validated, ValidatedSnapshot):
+        keep_intake(validated, verdicts, told, store)
     return validated, verdicts, told

@@ -15,11 +15,12 @@ from tasks.card import publish_cards
 from tasks.decide import decide_promotion
 from tasks.evaluate import evaluate_models
 from tasks.fingerprint import find_repeat, fingerprint
+from tasks.outcome import once
 from tasks.preflight import check_services
 from tasks.records import RejectedSnapshot
 from tasks.registry import (
     find_champion,
-    find_previous,
+    find_opponents,
     link_version,
     register_candidate,
     set_challenger,
@@ -43,6 +44,7 @@ def name_run() -> str:
 
 
 @flow(name="train", flow_run_name=name_run)
+@once
 @in_turn
 @in_time
 def train(
@@ -88,12 +90,8 @@ def train(
         return Completed(name=summary.verdict, message=summary.reason)
     candidate = train_model(validated, training, device, processes)
     for _ in range(_COMPARISONS):
-        champion = find_champion(candidate.name)
-        known = {
-            "candidate": candidate,
-            "champion": champion,
-            "previous": find_previous(candidate.name),
-        }
+        champion, previous = find_opponents(candidate, store)
+        known = {"candidate": candidate, "champion": champion, "previous": previous}
         models = {role: version.model for role, version in known.items() if version}
         measured = evaluate_models(models, snapshot)
         ours = measured["candidate"]

@@ -4,6 +4,9 @@ Three aliases: `champion`, `previous` (what the champion replaced) and `challeng
 a person). MLflow cannot compare and set, so whoever moves them holds Prefect's global concurrency
 limit `promote-NAME`. The order of writes is what makes a crash harmless: the move is recorded, then
 `previous` is set, then `champion` moves in one write. Whatever comes after only tidies up.
+
+A flow run moves each thing once. What it has carried out it does not do again when it is resumed or
+retried, even if somebody undid it since.
 """
 
 import json
@@ -11,16 +14,29 @@ import os
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from prefect import get_run_logger, runtime
 from prefect.artifacts import create_table_artifact
+from pydantic import BaseModel
 
 from mnist_cnn.promotion import Decision
+from tasks.events import emit_move
 from tasks.exclusion import exclusive
 from tasks.fingerprint import TAG as FINGERPRINT
 from tasks.fingerprint import Fingerprint
-from tasks.history import Account, Action, Move, plan_move, read_history, trace
+from tasks.history import (
+    Account,
+    Action,
+    History,
+    Move,
+    confirm,
+    own_move,
+    plan_move,
+    read_history,
+    trace,
+)
+from tasks.outcome import read_record, write_record
 from tasks.records import Candidate, ModelVersion
 from tasks.step import step
 from tasks.storage import Store
@@ -43,7 +59,20 @@ from tasks.versions import (
 )
 
 if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion as RegisteredVersion
+
     from mnist_cnn.evaluation import Evaluation
+
+_ROLLBACK = "rollback"
+
+
+class Rollback(BaseModel, frozen=True):
+    """What a rollback was asked for, fixed for the flow run before anything moves."""
+
+    format: Literal[1] = 1
+    target: ModelVersion
+    replaces: ModelVersion | None
+    """The champion at that time."""
 
 
 @step
@@ -57,10 +86,26 @@ def find_champion(name: str) -> ModelVersion | None:
 
 
 @step
-def find_previous(name: str) -> ModelVersion | None:
-    """Return the champion before the present one, which the card shows beside it."""
-    with asking(f"the previous champion of {name}"):
-        return find_version(name, PREVIOUS)
+def find_opponents(
+    candidate: Candidate, store: str
+) -> tuple[ModelVersion | None, ModelVersion | None]:
+    """Return the champion to compare a candidate with, and the one before, shown in the card.
+
+    They are today's, unless an earlier attempt of this run registered the candidate and it was
+    promoted or judged since: then they are those that it was compared with.
+    """
+    name = candidate.name
+    with asking(f"the champions of {name}"):
+        versions = read_versions(name)
+        registered = [v for v in versions if v.run_id == candidate.run_id]
+        moves = _carried_out(name, versions, Store(store)) if registered else []
+        targets = [move.to_version for move in moves]
+        if registered and str(registered[0].version) in targets:
+            before = moves[: targets.index(str(registered[0].version))]
+            known = {version.model: version for version in map(describe, versions)}
+            champion = known.get(registered[0].tags["compared_with"])
+            return champion, _champion_before(champion, before, known)
+        return find_version(name, CHAMPION), find_version(name, PREVIOUS)
 
 
 @step
@@ -85,7 +130,6 @@ def register_candidate(
         "snapshot": candidate.snapshot,
         "verdict": decision.verdict,
         "reason": decision.reason,
-        "decision_record": decision_record,
         "compared_with": decision.champion or "no champion",
         "accuracy": str(measured.accuracy),
         "outcomes": measured.outcomes,
@@ -97,9 +141,12 @@ def register_candidate(
     }
     if made_of:
         tags[FINGERPRINT] = made_of.model_dump_json()
+    tags["decision_record"] = decision_record  # last: a repeat takes it for all of them
+    sentence = f"{decision.verdict}: {decision.reason}"
     with asking(f"the versions of {candidate.name}"):
         known = [v for v in read_versions(candidate.name) if v.run_id == candidate.run_id]
         if known and known[0].tags.get("decision_record") == decision_record:
+            _append(candidate.name, known[0].version, sentence)
             return describe(known[0])
         if known:
             for key, value in tags.items():
@@ -107,7 +154,6 @@ def register_candidate(
             version = known[0]
         else:
             version = mlflow.register_model(candidate.model, candidate.name, tags=tags)
-        sentence = f"{decision.verdict}: {decision.reason}"
         client.update_model_version(candidate.name, version.version, sentence)
         return describe(version, candidate.snapshot)
 
@@ -131,6 +177,8 @@ def set_champion(
     run = runtime.flow_run
     account = Account(who=f"{run.flow_name}/{runtime.deployment.name or 'by hand'}", why=why)
     with asking(f"the aliases of {version.name}"), exclusive(version.name):
+        if _did("promote", read_version(version.name, int(version.version)), Store(store)):
+            return True
         present = find_version(version.name, CHAMPION)
         if present not in (version, replaces):
             return False
@@ -140,10 +188,16 @@ def set_champion(
 
 @step
 def set_challenger(version: ModelVersion) -> None:
-    """Point the alias `challenger` at a version that waits for a person's approval."""
+    """Point the alias `challenger` at a version that waits for a person's approval.
+
+    One that was judged already, before this run was resumed, waits no more.
+    """
     from mlflow import MlflowClient  # noqa: PLC0415
 
     with asking(f"the aliases of {version.name}"), exclusive(version.name):
+        moves = moves_of(read_version(version.name, int(version.version)))
+        if any(move.action in {"approve", "reject"} for move in moves):
+            return
         MlflowClient().set_registered_model_alias(version.name, CHALLENGER, version.version)
 
 
@@ -152,6 +206,8 @@ def approve_challenger(name: str, number: int, account: Account, store: str) -> 
     """Make the challenger champion, if nothing has changed since it was evaluated, else Refused."""
     with asking(f"the aliases of {name}"), exclusive(name):
         model, version = read_model(name), read_version(name, number)
+        if _did("approve", version, Store(store)):
+            return describe(version)
         champion = find_version(name, CHAMPION)
         if model.aliases.get(CHAMPION) != str(number):
             demand_challenger(model, number)
@@ -175,6 +231,8 @@ def reject_challenger(name: str, number: int, account: Account, store: str) -> M
     """Record that the challenger was rejected, and take its alias away; no champion moves."""
     with asking(f"the aliases of {name}"), exclusive(name):
         version, champion = read_version(name, number), find_version(name, CHAMPION)
+        if _did("reject", version, Store(store)):
+            return describe(version)
         demand_challenger(read_model(name), number)
         before = champion.version if champion else None
         move = plan_move(
@@ -186,6 +244,21 @@ def reject_challenger(name: str, number: int, account: Account, store: str) -> M
 
 
 @step
+def fix_rollback(
+    name: str, number: int | None, store: str
+) -> tuple[ModelVersion, ModelVersion | None]:
+    """Return the version to roll back to and the champion that it replaces, fixed for this run.
+
+    A repeat returns the same two, whatever the aliases say by then.
+    """
+    fixed = read_record(Store(store), _ROLLBACK, Rollback) or _begun_rollback(name)
+    if fixed is None:
+        target, champion = find_rollback(name, number)
+        fixed = Rollback(target=target, replaces=champion)
+        write_record(Store(store), _ROLLBACK, fixed)
+    return fixed.target, fixed.replaces
+
+
 def find_rollback(name: str, number: int | None) -> tuple[ModelVersion, ModelVersion | None]:
     """Return the version to roll back to, `previous` if none is named, and today's champion.
 
@@ -224,6 +297,8 @@ def roll_back_champion(
 ) -> None:
     """Make `target` champion again in place of `replaces`; Refused if that is not champion now."""
     with asking(f"the aliases of {target.name}"), exclusive(target.name):
+        if _did("roll back", read_version(target.name, int(target.version)), Store(store)):
+            return
         present = find_version(target.name, CHAMPION)
         if present not in (target, replaces):
             raise Refused(
@@ -236,15 +311,9 @@ def roll_back_champion(
 
 @step
 def show_history(name: str, store: str) -> tuple[int, list[str]]:
-    """Publish a table of all moves; return their number and what is wrong with the history.
-
-    Objects that are lost are restored from the registry's tags.
-    """
+    """Publish a table of all moves; return their number and what is wrong with the history."""
     logger = get_run_logger()
-    with asking(f"the history of {name}"):
-        champion = read_model(name).aliases.get(CHAMPION)
-        history = read_history(Store(store), name, read_versions(name), restore=True)
-    done, unexplained = trace(history.moves, champion)
+    history, done, problems = verify_history(name, Store(store))
     rows = [
         {
             "#": str(move.sequence),
@@ -264,7 +333,24 @@ def show_history(name: str, store: str) -> tuple[int, list[str]]:
     for move in history.lost:
         logger.warning("move %d was restored from the registry's tag", move.sequence)
     create_table_artifact(rows, key=f"history-{name}", description=f"Champions of {name}")
-    return len(rows), [*history.problems, *unexplained]
+    return len(rows), problems
+
+
+def verify_history(name: str, store: Store) -> tuple[History, list[bool], list[str]]:
+    """Read the history of a model; return it, whether each move was carried out, and what is wrong.
+
+    Objects that are lost are restored from the registry's tags, and a last move that is seen to be
+    carried out is confirmed. Raises Refused if there is no such model.
+    """
+    with asking(f"the history of {name}"), exclusive(name):  # no move is seen half done
+        champion = read_model(name).aliases.get(CHAMPION)
+        history = read_history(store, name, read_versions(name), restore=True)
+        moved = [move for move in history.moves if move.action != "reject"]
+        for move in moved[-1:]:
+            if move.to_version == champion and move.digest not in history.confirmed:
+                confirm(move, store)
+    done, unexplained = trace(history.moves, champion, history.confirmed)
+    return history, done, [*history.problems, *unexplained]
 
 
 def _move_champion(
@@ -295,10 +381,63 @@ def _move_champion(
                 "nothing was promoted: somebody moves aliases by other means, find out who"
             )
         client.set_registered_model_alias(name, CHAMPION, version.version)
-    for move in moves_of(
-        target if present == version else read_version(name, int(version.version))
-    ):
+        confirm(move, store)
+        target = read_version(name, int(version.version))
+    for move in moves_of(target):
         _settle(move)
+        if move.run == str(runtime.flow_run.id):
+            emit_move(move, target.tags["artifact_sha256"], target.tags["snapshot"], store.address)
+
+
+def _did(action: Action, version: "RegisteredVersion", store: Store) -> bool:
+    """Tell whether this flow run has done that to a version, and tidy up after it.
+
+    The caller holds `exclusive`.
+    """
+    own = own_move([version], action)
+    if own is None:
+        return False
+    if action == "reject":
+        _record(own, store)
+    elif own not in _carried_out(own.model, read_versions(own.model), store):
+        return False
+    else:
+        confirm(own, store)
+    _settle(own)
+    return True
+
+
+def _carried_out(name: str, versions: "list[RegisteredVersion]", store: Store) -> list[Move]:
+    """Return the moves of a model that were carried out, in order."""
+    champion = read_model(name).aliases.get(CHAMPION)
+    history = read_history(store, name, versions, restore=False)
+    done, _ = trace(history.moves, champion, history.confirmed)
+    return [move for move, carried_out in zip(history.moves, done, strict=True) if carried_out]
+
+
+def _champion_before(
+    champion: ModelVersion | None, moves: list[Move], known: Mapping[str, ModelVersion]
+) -> ModelVersion | None:
+    """Return what a champion replaced when it last became that, of the versions that are known."""
+    for move in reversed(moves):
+        if champion and move.action != "reject" and move.to_version == champion.version:
+            return known.get(f"models:/{move.model}/{move.from_version}")
+    return None
+
+
+def _begun_rollback(name: str) -> Rollback | None:
+    """Return the rollback that this flow run has in the history, if it was begun without a record.
+
+    So did the code before there were records, whose runs can still be retried.
+    """
+    with asking(f"the versions of {name}"):
+        versions = {str(version.version): version for version in read_versions(name)}
+    own = own_move(versions.values(), "roll back")
+    if own is None:
+        return None
+    before = versions.get(own.from_version) if own.from_version else None
+    replaces = describe(before) if before else None
+    return Rollback(target=describe(versions[own.to_version]), replaces=replaces)
 
 
 def _record(move: Move, store: Store) -> None:
@@ -326,7 +465,7 @@ def _append(name: str, number: str, text: str) -> None:
 
     description = MlflowClient().get_model_version(name, number).description or ""
     if text not in description:
-        MlflowClient().update_model_version(name, number, f"{description}\n\n{text}")
+        MlflowClient().update_model_version(name, number, f"{description}\n\n{text}".strip())
 
 
 def _git_commit() -> str:
