@@ -33,13 +33,12 @@ from prefect.client.orchestration import get_client
 from pydantic import BaseModel, SecretStr
 
 from tasks.alarms import keep_rules
-from tasks.exclusion import exclusive
-from tasks.history import read_history, trace
 from tasks.messages import Message, Situation, compose
+from tasks.registry import verify_history
 from tasks.situation import look
 from tasks.step import step
 from tasks.storage import Store
-from tasks.versions import CHAMPION, Refused, asking, read_model, read_versions
+from tasks.versions import Refused
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -305,15 +304,11 @@ def find_broken_histories(store: Store) -> dict[str, str]:
     """Return what is wrong with the history of each model that has one in the store."""
     broken = dict[str, str]()
     for model in sorted({name.split("/")[1] for name in store.names("models/")}):
-        with asking(f"the history of {model}"), exclusive(model):  # no move is seen half done
-            try:
-                champion = read_model(model).aliases.get(CHAMPION)
-            except Refused as refusal:
-                broken[model] = f"it has a history, but {refusal}"
-                continue
-            history = read_history(store, model, read_versions(model), restore=False)
-        _, unexplained = trace(history.moves, champion, history.confirmed)
-        if problems := [*history.problems, *unexplained]:
+        try:
+            _, _, problems = verify_history(model, store)
+        except Refused as refusal:
+            problems = [f"it has a history, but {refusal}"]
+        if problems:
             broken[model] = "; ".join(problems)
     return broken
 
