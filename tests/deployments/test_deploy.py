@@ -125,8 +125,8 @@ def test_what_a_person_changed_in_the_ui_stays_and_is_told_until_a_reset(
         ),
         "train/weekly is paused on the server; kept",
         (
-            "train/weekly: the automation `train-on-accepted-batches` is switched off on the server;"
-            " kept"
+            "train/weekly: the automation `train-on-accepted-batches` is switched off on the "
+            "server; kept"
         ),
         (
             "train/weekly: the schedule `weekly` is '0 5 * * 1' Europe/Berlin, switched off on the "
