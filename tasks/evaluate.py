@@ -8,6 +8,7 @@ import numpy as np
 from prefect import get_run_logger, runtime
 
 from mnist_cnn.cost import measure_size, measure_times
+from mnist_cnn.device import follow_quota
 from mnist_cnn.digits import Digits
 from mnist_cnn.evaluation import Evaluation, Outcomes, evaluate, measure_all, predict
 from mnist_cnn.statistics import measure_shift
@@ -32,6 +33,7 @@ def evaluate_models(models: Mapping[str, str], snapshot: Snapshot) -> dict[str, 
     image is stored. Raises ModelUnusable for a model that does not load or classify; a "previous"
     that does not load is only left out, since it decides nothing.
     """
+    follow_quota()
     loaded = {}
     for role, address in models.items():
         try:

@@ -1,7 +1,7 @@
 """Ask every service that a run will need, before the run spends anything."""
 
 import os
-from urllib.error import URLError
+from http.client import HTTPException
 from urllib.request import urlopen
 
 from tasks.step import step
@@ -9,15 +9,19 @@ from tasks.storage import Store
 
 
 class TrackingUnreachable(ConnectionError):
-    """The MLflow server does not answer, or was never named."""
+    """The MLflow server does not answer; worth another try."""
+
+
+class TrackingUnset(ValueError):
+    """`MLFLOW_TRACKING_URI` names no server; waiting does not help."""
 
 
 @step
 def check_services(store: str) -> None:
     """Write to and read from `store`, and ask the MLflow server how it is.
 
-    Raises StorageUnreachable, StorageRefused or TrackingUnreachable, each naming the service, what
-    it answered and what to start or set.
+    Raises StorageUnreachable, StorageRefused, TrackingUnreachable or TrackingUnset, each naming the
+    service, what it answered and what to start or set.
     """
     check_tracking()
     Store(store).check()
@@ -27,7 +31,7 @@ def check_tracking() -> None:
     """Ask the MLflow server of `MLFLOW_TRACKING_URI` for its health."""
     address = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not address.startswith(("http://", "https://")):
-        raise TrackingUnreachable(
+        raise TrackingUnset(
             f"MLFLOW_TRACKING_URI is {address!r}; expected the http(s) address of an MLflow "
             "server: set it where this run executes (`make up` prints the local one)"
         )
@@ -35,8 +39,8 @@ def check_tracking() -> None:
     try:
         with urlopen(health, timeout=10) as answer:  # noqa: S310 - the scheme was just checked
             answer.read()
-    except URLError as error:
+    except (OSError, HTTPException) as error:
         raise TrackingUnreachable(
-            f"the MLflow server does not answer at {health} ({error.reason}); start it "
+            f"the MLflow server does not answer at {health} ({error}); start it "
             "(`make up` starts the local one) or correct MLFLOW_TRACKING_URI"
         ) from error

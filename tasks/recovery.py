@@ -31,9 +31,6 @@ RESUMES = 3
 GIVEN_UP = "Given up"
 """Name of the state, of type CRASHED, in which a run stays after that."""
 
-WATCH = "watch"
-"""Tag of the runs that do all this; another one comes soon, so that none is resumed."""
-
 _RESUMED = "Resumed after"
 _PENDING = timedelta(minutes=10)
 _SETTLED = timedelta(seconds=10)
@@ -61,7 +58,7 @@ def judge_run(run: FlowRun, past: Sequence[State], now: datetime) -> Remedy:
     age = now - state.timestamp
     if state.is_pending() and age > _PENDING:
         return Remedy(run, "crash", "Its process did not start within 10 minutes.")
-    if state.is_crashed() and state.name != GIVEN_UP and age < _FRESH and WATCH not in run.tags:
+    if state.is_crashed() and state.name != GIVEN_UP and age < _FRESH:
         return _judge_death(run, state, past, settled=age > _SETTLED)
     return Remedy(run, "nothing", "")
 

@@ -22,6 +22,7 @@ import numpy as np
 from prefect import get_run_logger, runtime
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
+from mnist_cnn.device import follow_quota
 from mnist_cnn.digits import CLASSES, SIDE
 from mnist_cnn.training import (
     Device,
@@ -63,6 +64,7 @@ def train_model(
     import mlflow  # noqa: PLC0415 - 2 s to import
 
     logger = get_run_logger()
+    follow_quota()
     snapshot = validated.snapshot
     digits = read_split(snapshot, "train")
     mlflow.set_experiment(snapshot.model_name)

@@ -1,6 +1,6 @@
 import pytest
 
-from tasks.preflight import TrackingUnreachable, check_services
+from tasks.preflight import TrackingUnreachable, TrackingUnset, check_services
 from tasks.storage import StorageUnreachable, Store
 
 
@@ -13,7 +13,7 @@ def test_an_mlflow_server_that_was_never_named_is_asked_for(
     address: str, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-    with pytest.raises(TrackingUnreachable, match="expected the http"):
+    with pytest.raises(TrackingUnset, match="expected the http"):
         check_services.fn(store.address)
 
 

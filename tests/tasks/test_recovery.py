@@ -52,10 +52,6 @@ def test_a_run_that_was_given_up_or_died_long_ago_stays_as_it_is() -> None:
     assert died(age=25 * 3600)[0] == "nothing"
 
 
-def test_the_watch_itself_is_not_resumed() -> None:
-    assert died(tags=["watch"])[0] == "nothing"
-
-
 def test_a_run_that_somebody_cancelled_is_cancelled_and_not_resumed() -> None:
     assert died(state("RUNNING", age=100), state("CANCELLING", age=70))[0] == "cancel"
 
