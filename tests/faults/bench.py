@@ -14,6 +14,7 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from deployments import processes
+from deployments.services import worker
 from deployments.stack import PROJECT, Ports, Stack, environment, start, stop
 from tests.faults.inbox import Inbox
 from tests.faults.plant import Plants
@@ -88,12 +89,19 @@ class Bench:
         return sorted(self.prefect.read_flow_run_states(run), key=lambda state: state.timestamp)
 
     def service(self, name: str) -> list[psutil.Process]:
-        """Return the processes of a service of the stack, oldest first."""
-        return [p for p, found in processes.find(self.stack.root).items() if found == name]
+        """Return the processes of a service of the stack, oldest first; of a worker, itself alone.
+
+        The runs of a worker outlive it.
+        """
+        found = [p for p, its in processes.find(self.stack.root).items() if its == name]
+        if name != "worker":
+            return found
+        command = worker(self.stack).command
+        return [process for process in found if processes.runs(process, command)]
 
     def restart(self) -> None:
         """Start what is not running any more."""
-        _start(self.stack, self.plants)
+        start(self.stack, say=_quiet)
 
 
 @contextmanager
@@ -122,26 +130,20 @@ def opened(root: Path) -> Iterator[Bench]:
         "prefect": Proxy("prefect", stack.proxies.prefect, ports.prefect),
     }
     direct = environment(Stack(root, ports))
-    try:
-        _start(stack, plants, deploy=PROJECT / "deployments" / "prefect.yaml")
-        url = direct["PREFECT_API_URL"]
-        with (
-            temporary_variables(direct),
-            temporary_settings({PREFECT_API_URL: url}),
-            get_client(sync_client=True) as prefect,
-        ):
-            yield Bench(stack, proxies, plants, inbox, prefect)
-    finally:
-        stop(stack, say=_quiet)
-        for proxy in proxies.values():
-            proxy.close()
-        inbox.close()
-
-
-def _start(stack: Stack, plants: Plants, deploy: Path | None = None) -> None:
     patience = {"RETRAINING_PATIENCE_SECONDS": str(PATIENCE_SECONDS)}
-    with temporary_variables(plants.environment() | patience):
-        start(stack, deploy=deploy, say=_quiet)
+    with (
+        temporary_variables(direct | plants.environment() | patience),
+        temporary_settings({PREFECT_API_URL: direct["PREFECT_API_URL"]}),
+    ):
+        try:
+            start(stack, deploy=PROJECT / "deployments" / "prefect.yaml", say=_quiet)
+            with get_client(sync_client=True) as prefect:
+                yield Bench(stack, proxies, plants, inbox, prefect)
+        finally:
+            stop(stack, say=_quiet)
+            for proxy in proxies.values():
+                proxy.close()
+            inbox.close()
 
 
 def _quiet(_sentence: str) -> None:

@@ -75,6 +75,8 @@ class Plants:
         """Let the run go on that waits for its service to be switched."""
         (self.folder / f"{name}.ready").touch()
 
-    def shift_clock(self, run: str, days: float) -> None:
-        """Let the tasks of a run read a clock that is wrong by so many days."""
-        (self.folder / f"{run}.clock").write_text(str(days))
+    def shift_clock(self, days: float, run: str = "next") -> None:
+        """Let the clock of a run, or of the next one, be wrong by so many days for its tasks."""
+        draft = self.folder / f"{run}.clock.draft"
+        draft.write_text(str(days))
+        draft.rename(self.folder / f"{run}.clock")

@@ -19,7 +19,9 @@ SLOW_SECONDS = 0.4
 
 _PIECE = 1 << 16
 _TRUNCATED_BYTES = 300
-_LOGIN_PAGE = b"<!doctype html><html><body><h1>Sign in</h1><form action=/login></form></body></html>"
+_LOGIN_PAGE = (
+    b"<!doctype html><html><body><h1>Sign in</h1><form action=/login></form></body></html>"
+)
 _S3_ERROR = (
     '<?xml version="1.0" encoding="UTF-8"?><Error><Code>{code}</Code><Message>planted by the table '
     "of faults</Message><RequestId>0</RequestId></Error>"

@@ -7,16 +7,21 @@ planted just before the n-th request that the task makes to S3 or MLflow, or at 
 fewer. A strike is claimed by renaming its file, so that it happens once, whatever is repeated.
 """
 
+import datetime as dt
 import functools
+import http.client
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import json
 import os
+import resource
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -103,14 +108,10 @@ class _Striker:
 
 
 def _kill(_struck: Path) -> None:
-    import signal
-
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _terminate(_struck: Path) -> None:
-    import signal
-
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -119,8 +120,6 @@ def _fill_memory(_struck: Path) -> None:
 
     The limit stays, as the limit of a container does.
     """
-    import resource
-
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.RLIM_INFINITY))
     bytearray(256 << 20)
@@ -128,8 +127,6 @@ def _fill_memory(_struck: Path) -> None:
 
 def _fill_disk(_struck: Path) -> None:
     """Let no file of this process grow from now on, and write to a device that is full: ENOSPC."""
-    import resource
-
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
     with Path("/dev/full").open("wb", buffering=0) as full:
         full.write(b"no space is left for this")
@@ -155,8 +152,6 @@ _FAULTS: dict[str, Callable[[Path], None]] = {
 
 
 def _wrap_engine(engine: ModuleType) -> None:
-    import http.client
-
     striker = _Striker(Path(str(_FOLDER)), str(_RUN))
     run_body = engine.SyncTaskRunEngine.call_task_fn
     send = http.client.HTTPConnection.putrequest
@@ -184,15 +179,14 @@ def _wrap_engine(engine: ModuleType) -> None:
 
 def _shift_clock(days: float) -> Callable[[ModuleType], None]:
     """Return what lets a module of tasks read a clock that is wrong by so many days."""
-    import datetime
 
-    class Shifted(datetime.datetime):
+    class Shifted(dt.datetime):
         @classmethod
-        def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:
-            return datetime.datetime.now(tz) + datetime.timedelta(days=days)
+        def now(cls, tz: dt.tzinfo | None = None) -> dt.datetime:
+            return dt.datetime.now(tz) + dt.timedelta(days=days)
 
     def shift(module: ModuleType) -> None:
-        if getattr(module, "datetime", None) is datetime.datetime:
+        if getattr(module, "datetime", None) is dt.datetime:
             module.datetime = Shifted
 
     return shift
@@ -201,6 +195,8 @@ def _shift_clock(days: float) -> Callable[[ModuleType], None]:
 if _FOLDER and _RUN:
     sys.meta_path.insert(0, _AfterImport(lambda name: name == "prefect.task_engine", _wrap_engine))
     _clock = Path(_FOLDER, f"{_RUN}.clock")
+    with suppress(FileNotFoundError):  # whichever run comes next has the wrong clock
+        Path(_FOLDER, "next.clock").rename(_clock)
     if _clock.exists():
         _shift = _shift_clock(float(_clock.read_text()))
         sys.meta_path.insert(0, _AfterImport(lambda name: name.startswith("tasks."), _shift))
