@@ -129,7 +129,7 @@ def opened(root: Path) -> Iterator[Bench]:
         "mlflow": Proxy("mlflow", stack.proxies.mlflow, ports.mlflow),
         "prefect": Proxy("prefect", stack.proxies.prefect, ports.prefect),
     }
-    direct = environment(Stack(root, ports))
+    direct = environment(Stack(root, ports)) | {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
     patience = {"RETRAINING_PATIENCE_SECONDS": str(PATIENCE_SECONDS)}
     with (
         temporary_variables(direct | plants.environment() | patience),

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-import mlflow
 from mlflow import MlflowClient
 from prefect.client.schemas.objects import FlowRun
 
@@ -55,6 +54,8 @@ class Template:
 
     model: str
     """Its address, `models:/m-…`."""
+    model_run: str
+    """Id of the MLflow run that made it."""
     tags: dict[str, str]
     """Of its version, without its history."""
     run: FlowRun
@@ -81,7 +82,7 @@ def train_template(bench: Bench, name: str = "template") -> Template:
         raise RuntimeError(f"the template was not promoted: {run.state}")
     version = MlflowClient().get_model_version_by_alias(f"{name}-cnn", "champion")
     tags = {key: text for key, text in version.tags.items() if not key.startswith("history.")}
-    return Template(str(version.source), tags, run)
+    return Template(str(version.source), str(version.run_id), tags, run)
 
 
 def begin_dataset(dataset: str, parts: Parts = PARTS) -> Snapshot:
@@ -135,18 +136,27 @@ def adopt(snapshot: Snapshot, template: Template, verdicts: Iterable[str]) -> li
     Each that is to be promoted is made champion, and what needs approval the challenger.
     """
     store, name, versions = Store(DEFAULT_STORE), snapshot.model_name, list[ModelVersion]()
-    champion: ModelVersion | None = None
+    client, champion = MlflowClient(), None
+    client.create_registered_model(name)
     for verdict in verdicts:
         tags = template.tags | {
             "snapshot": snapshot.digest,
             "verdict": verdict,
             "compared_with": champion.model if champion else "no champion",
         }
-        version = describe(mlflow.register_model(template.model, name, tags=tags))
+        version = describe(
+            client.create_model_version(
+                name,
+                template.model,
+                run_id=template.model_run,
+                model_id=template.model.removeprefix("models:/"),
+                tags=tags,
+            )
+        )
         if verdict == "promote":
             registry._move_champion("promote", version, champion, _ACCOUNT, store)
             champion = version
         else:
-            MlflowClient().set_registered_model_alias(name, CHALLENGER, version.version)
+            client.set_registered_model_alias(name, CHALLENGER, version.version)
         versions.append(version)
     return versions

@@ -96,7 +96,7 @@ class Proxy:
         self._open.add(connection)
         try:
             await self._behaviour()(reader, writer)
-        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass  # a connection that ends, or is cut, is what this is for
         finally:
             self._open.discard(connection)
