@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo run tour drop test up down status approve reject rollback history check lock clean
+.PHONY: demo run tour drop notify test up down status approve reject rollback history check lock clean
 
 demo: $(STAMP) ## set everything up, retrain once through the real stack, show what happened
 	$(BIN)/python -m deployments.demo --start --param dataset=auto
@@ -17,6 +17,11 @@ tour: $(STAMP) ## four weeks in a few minutes: good data, bad data, no data, a r
 drop: export BATCH := $(BATCH)
 drop: $(STAMP) ## a batch arrives: make drop FILES="images-idx3-ubyte labels-idx1-ubyte" BATCH=name [DATASET=mnist]
 	$(BIN)/python -m deployments.drop --batch "$$BATCH" --dataset "$(or $(DATASET),mnist)" $(FILES)
+
+# The address goes by the environment and as it was typed: it is a secret, and make would expand a $.
+notify: override export URL := $(value URL)
+notify: $(STAMP) ## who is told: make notify URL=… adds an address, without URL it lists them
+	$(BIN)/python -m deployments.notify
 
 # Two processes, each with servers of its own: most of the time is waiting. With one thread each,
 # because threads that wait for each other's core make training up to forty times slower.

@@ -7,6 +7,7 @@ stale, and it also names what has lost its parent, such as a flow run whose work
 """
 
 import fcntl
+import re
 import signal
 import socket
 import subprocess
@@ -100,6 +101,13 @@ def tail(log: Path, lines: int = 20) -> str:
     """Return the last lines of a log under its address."""
     end_of_log = log.read_text(errors="replace").splitlines()[-lines:]
     return "\n".join([f"The end of {log}:", *end_of_log])
+
+
+def last_error(log: Path) -> str:
+    """Return the last line of a log that reports an error, under the log's address."""
+    lines = log.read_text(errors="replace").splitlines()
+    errors = [line for line in lines if re.search(r"\b(ERROR|CRITICAL)\b", line)]
+    return f"The last error in {log}: {errors[-1].strip()}" if errors else f"{log} has no error"
 
 
 @contextmanager

@@ -110,7 +110,6 @@ def environment(stack: Stack) -> dict[str, str]:
         "PREFECT_API_URL": f"{stack.prefect_url}/api",
         "PREFECT_HOME": str(stack.root / "prefect-home"),
         "PREFECT_DEFAULT_WORK_POOL_NAME": POOL,
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # automations.yaml counts on it
         "MLFLOW_TRACKING_URI": stack.mlflow_url,
         "MLFLOW_S3_ENDPOINT_URL": stack.s3_url,
         "AWS_ENDPOINT_URL_S3": stack.s3_url,

@@ -5,7 +5,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -16,6 +17,7 @@ import psutil
 import yaml
 
 from deployments import processes
+from deployments.due import Ask, Unscheduled, table, wait_for_runs
 from deployments.services import (
     BUCKET,
     HOST,
@@ -73,15 +75,21 @@ def stop(stack: Stack, *, say: Say = print) -> None:
 
 
 def status(stack: Stack, *, say: Say = print) -> bool:
-    """Say for each service whether it answers; return whether all of them do."""
-    answers = []
+    """Say for each service whether it answers, and when each schedule is due next.
+
+    Returns whether all services answer. Raises Unscheduled.
+    """
+    answers = {}
     for service in _services(stack):
         process = _running(stack, service)
-        answers.append(process is not None and service.is_ready(process.create_time()))
-        word = "ready" if answers[-1] else "does not answer" if process else "not running"
+        ready = process is not None and service.is_ready(process.create_time())
+        answers[service.name] = ready
+        word = "ready" if ready else "does not answer" if process else "not running"
         pid = process.pid if process else "-"
         say(f"{service.name:14} {word:15} pid {pid:<8} {service.address:22} log {service.log}")
-    return all(answers)
+    if answers[prefect_server(stack).name]:
+        _say_due(stack, say)
+    return all(answers.values())
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -177,6 +185,8 @@ def _start(stack: Stack, deploy: Path | None, say: Say) -> None:
     if deploy is not None:
         _deploy(stack, deploy, say)  # while the worker starts
     attempt.wait_for(*servers, its_worker)
+    if deploy is not None:
+        _say_due(stack, say)
 
 
 def _services(stack: Stack) -> list[Service]:
@@ -233,27 +243,45 @@ def _check_ports(services: list[Service]) -> None:
 def _prepare_prefect(stack: Stack) -> None:
     """Make the work pool, and make the automations or bring them up to date."""
     wanted = yaml.safe_load((PROJECT / "deployments" / "automations.yaml").read_text())
-    with httpx.Client(base_url=f"{stack.prefect_url}/api", trust_env=False, timeout=60) as api:
-        pools = _ask(api, "POST", "/work_pools/filter", {})
+    with _prefect_api(stack) as ask:
+        pools = ask("POST", "/work_pools/filter", {})
         if POOL not in [pool["name"] for pool in pools]:
-            _ask(api, "POST", "/work_pools/", {"name": POOL, "type": "process"})
-        present = {found["name"]: found for found in _ask(api, "POST", "/automations/filter", {})}
+            ask("POST", "/work_pools/", {"name": POOL, "type": "process"})
+        present = {found["name"]: found for found in ask("POST", "/automations/filter", {})}
         for automation in wanted["automations"]:
             found = present.get(automation["name"])
             if found is None:
-                _ask(api, "POST", "/automations/", automation)
+                ask("POST", "/automations/", automation)
             elif not _agrees(automation, found):
-                _ask(api, "PUT", f"/automations/{found['id']}", automation)
+                ask("PUT", f"/automations/{found['id']}", automation)
 
 
-def _ask(api: httpx.Client, method: str, path: str, content: object) -> Any:
-    """Ask Prefect, and again while its SQLite is locked (503), as Prefect's own client does."""
-    for pause in (0.2, 0.5, 1, 2, 4, 8):
-        answer = api.request(method, path, json=content)
-        if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
-            break
-        time.sleep(pause)
-    return answer.raise_for_status().json() if answer.content else None
+@contextmanager
+def _prefect_api(stack: Stack) -> Iterator[Ask]:
+    """Give a function that asks Prefect, and again while its SQLite is locked (503)."""
+    url = f"{stack.prefect_url}/api"
+    with httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
+
+        def ask(method: str, path: str, content: object) -> Any:
+            for pause in (0.2, 0.5, 1, 2, 4, 8):  # as Prefect's own client does
+                answer = client.request(method, path, json=content)
+                if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                    break
+                time.sleep(pause)
+            return answer.raise_for_status().json() if answer.content else None
+
+        yield ask
+
+
+def _say_due(stack: Stack, say: Say) -> None:
+    """Say when each schedule is due next; raise Unscheduled, with the server's last error."""
+    with _prefect_api(stack) as ask:
+        try:
+            schedules = wait_for_runs(ask)
+        except Unscheduled as error:
+            log = prefect_server(stack).log
+            raise Unscheduled(f"{error}. {processes.last_error(log)}") from error
+    say(table(schedules))
 
 
 def _agrees(wanted: object, found: object) -> bool:

@@ -1,23 +1,30 @@
-"""Look after everything that runs while nobody does."""
+"""Look after the other runs: what went wrong is mended, and people are told."""
 
 from prefect import flow
 from prefect.client.schemas import State
 from prefect.states import Completed
 
+from tasks.alarms import WATCHED
 from tasks.attempt import TimeLimit, in_time
+from tasks.messages import WATCH_FLOW
+from tasks.notifications import notify_of_histories, notify_people
 from tasks.recovery import recover_runs
+from tasks.storage import DEFAULT_STORE
+from tasks.turn import OVERTAKEN, take_turn
 
 
-@flow(name="watch", flow_run_name="watch")
+@flow(name=WATCH_FLOW, flow_run_name="look after {store}")
 @in_time
-def watch(time_limit_minutes: TimeLimit = 10) -> State[object]:
-    """Resume the runs that died.
-
-    It runs every few minutes, and at once after a run of ours has failed or crashed.
+def watch(store: str = DEFAULT_STORE, time_limit_minutes: TimeLimit = 60) -> State[object]:
+    """Resume the runs that died, and tell people what happened and what is wrong.
 
     Args:
+        store: Where the messages that were sent are recorded.
         time_limit_minutes: A run that takes longer is ended, as Timed out.
 
     """
-    done = recover_runs()
-    return Completed(name="Watched", message="; ".join(done) or "nothing to do")
+    resumed = recover_runs()
+    if overtaken := take_turn({"dataset": None, "store": store}):
+        return Completed(name=OVERTAKEN, message=overtaken)
+    done = [*resumed, *notify_people(store), *notify_of_histories(store)]
+    return Completed(name=WATCHED, message="; ".join(done) or "nothing to do")

@@ -1,7 +1,7 @@
 """Let one run at a time change what everybody relies on: a model's aliases, a data set's ledger."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import (
@@ -9,7 +9,7 @@ from prefect.client.schemas.actions import (
     GlobalConcurrencyLimitUpdate,
 )
 from prefect.concurrency.sync import concurrency
-from prefect.exceptions import ObjectAlreadyExists
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 _LEASE_SECONDS = 60  # the least that Prefect allows; a promotion takes one or two
 _PATIENCE_SECONDS = 600
@@ -27,12 +27,13 @@ def exclusive(name: str, verb: str = "promote") -> Iterator[None]:
     """
     limit = f"{verb}-{name}"
     with get_client(sync_client=True) as prefect:
-        try:
-            wanted = GlobalConcurrencyLimitCreate(name=limit, limit=1)
-            prefect.create_global_concurrency_limit(wanted)
-        except ObjectAlreadyExists:  # perhaps with another limit, or switched off, by hand
+        try:  # it may be there with another limit, or switched off, by hand
             bound = GlobalConcurrencyLimitUpdate(limit=1, active=True)
             prefect.update_global_concurrency_limit(limit, bound)
+        except ObjectNotFound:
+            with suppress(ObjectAlreadyExists):  # another run was faster
+                wanted = GlobalConcurrencyLimitCreate(name=limit, limit=1)
+                prefect.create_global_concurrency_limit(wanted)
     with ExitStack() as held:
         try:
             held.enter_context(

@@ -10,11 +10,15 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from deployments.stack import PROJECT, Ports, Stack, environment, start, stop
 from tasks.storage import Store
+from tests import server_logs
 
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """Prefect, MLflow, S3 and a worker that serves deployments/prefect.yaml."""
+    """Prefect, MLflow, S3 and a worker that serves deployments/prefect.yaml.
+
+    The session fails if one of them logged an error that server_logs.ALLOWED does not name.
+    """
     stack = Stack(tmp_path_factory.mktemp("stack"), Ports.free())
     before = dict(os.environ)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a killed session ends its servers
@@ -27,6 +31,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         os.environ.clear()
         os.environ.update(before)
         stop(stack)
+    unexpected = server_logs.errors(stack)
+    assert not unexpected, "\n".join(["the servers logged errors:", *unexpected])
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from prefect.cli.deploy._triggers import _initialize_deployment_triggers
 from prefect.server.events.schemas.automations import AutomationCore
 from prefect.utilities.importtools import import_object
 
+from deployments.due import TAGS
 from deployments.stack import PROJECT
 
 DEPLOYMENTS = yaml.safe_load((PROJECT / "deployments" / "prefect.yaml").read_text())["deployments"]
@@ -24,7 +25,7 @@ def test_the_entrypoint_is_a_flow_that_takes_the_parameters(deployment: dict) ->
     else:
         assert not deployment.get("schedules")
     assert deployment["description"]
-    assert deployment["tags"]
+    assert set(TAGS) & set(deployment["tags"])
 
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda d: d["name"])
@@ -35,11 +36,27 @@ def test_no_deployment_repeats_a_default(deployment: dict) -> None:
         assert value != defaults[name].get("default")
 
 
-def test_the_weekly_run_is_scheduled_in_a_time_zone_and_never_twice_at_once() -> None:
-    (weekly,) = (d for d in DEPLOYMENTS if d["entrypoint"] == "flows.train.train")
-    assert weekly["name"] == "weekly"
-    assert weekly["schedules"][0].keys() >= {"cron", "timezone"}
-    assert weekly["concurrency_limit"] == {"limit": 1, "collision_strategy": "CANCEL_NEW"}
+@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda d: d["name"])
+def test_a_run_is_patient_and_sends_a_heartbeat_every_30_seconds(deployment: dict) -> None:
+    variables = deployment["work_pool"]["job_variables"]["env"]
+    assert variables["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30"
+    pauses = [2**attempt for attempt in range(1, 1 + int(variables["PREFECT_CLIENT_MAX_RETRIES"]))]
+    assert sum(pauses) > 600
+    assert "name" not in deployment["work_pool"]  # PREFECT_DEFAULT_WORK_POOL_NAME chooses it
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda d: d["name"])
+def test_no_run_holds_a_slot(deployment: dict) -> None:
+    assert "concurrency_limit" not in deployment
+
+
+@pytest.mark.parametrize("schedule", [s for d in DEPLOYMENTS for s in d.get("schedules", [])])
+def test_a_schedule_has_a_name_and_a_time_zone(schedule: dict) -> None:
+    assert schedule.keys() >= {"slug", "timezone", "active"}
+
+
+def test_the_weekly_run_is_scheduled() -> None:
+    assert only("flows.train.train/weekly")["schedules"][0]["active"]
 
 
 def only(deployment: str) -> dict:
@@ -70,7 +87,6 @@ def test_training_begins_when_a_run_of_on_arrival_accepted_something_and_not_oth
 def test_producers_that_say_nothing_are_served_by_a_schedule() -> None:
     on_arrival = only("flows.ingest.ingest/on-arrival")
     assert on_arrival["schedules"][0]["active"]
-    assert on_arrival["concurrency_limit"] == {"limit": 1, "collision_strategy": "ENQUEUE"}
 
 
 @pytest.mark.parametrize("trigger", [t for d in DEPLOYMENTS for t in d.get("triggers", [])])

@@ -24,7 +24,7 @@ import yaml
 
 from deployments import processes
 from deployments.services import PROJECT, Ports, Stack, environment, s3_server
-from deployments.stack import StackError, _ask, start, stop
+from deployments.stack import StackError, _prefect_api, start, stop
 
 NAP = """
 import json, os, time
@@ -44,7 +44,6 @@ pull: []
 deployments:
   - name: now
     entrypoint: nap.nap
-    concurrency_limit: {limit: 1, collision_strategy: CANCEL_NEW}
 """
 
 T = TypeVar("T")
@@ -93,8 +92,8 @@ def said() -> list[str]:
 
 def api(stack: Stack, path: str, content: object = None) -> Any:
     method = "GET" if content is None else "POST"
-    with httpx.Client(base_url=f"{stack.prefect_url}/api", trust_env=False, timeout=60) as client:
-        return _ask(client, method, path, content)
+    with _prefect_api(stack) as ask:
+        return ask(method, path, content)
 
 
 def until(ask: Callable[[], T], wanted: Callable[[T], bool], seconds: float = 60) -> T:
@@ -194,7 +193,7 @@ def test_a_half_started_stack_is_completed(up: Stack, said: list[str]) -> None:
     assert httpx.get(f"{up.mlflow_url}/health", trust_env=False).status_code == 200
 
 
-def test_a_killed_run_crashes_and_frees_its_slot(up: Stack, tmp_path: Path) -> None:
+def test_a_killed_run_crashes_and_the_next_one_goes(up: Stack, tmp_path: Path) -> None:
     run, process = napping(up, tmp_path / "killed")
     process.kill()
     until(lambda: state_of(up, run), lambda state: state == "Crashed")

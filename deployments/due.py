@@ -1,0 +1,162 @@
+"""When each schedule of ours is due next, as the Prefect server says it."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from zoneinfo import ZoneInfo
+
+from deployments.services import StackError
+
+TAGS = ("mnist-retraining", "mnist-retraining-watch")
+"""Each deployment of deployments/prefect.yaml carries one of them."""
+
+PATIENCE = 90.0  # seconds: the scheduling service of a Prefect server looks every minute
+
+HORIZON = timedelta(days=99)  # a Prefect server makes the runs of the next hundred days
+
+Ask = Callable[[str, str, object], Any]
+"""A request to a Prefect server, as method, path and JSON content; returns the answer's JSON."""
+
+
+class Unscheduled(StackError):
+    """A schedule is active, but the server makes no run for it."""
+
+
+@dataclass(frozen=True)
+class Due:
+    """A schedule and its next run."""
+
+    deployment: str
+    slug: str
+    dataset: str
+    """Empty if the flow takes none, or looks at each."""
+    rule: dict[str, Any]
+    active: bool
+    when: datetime | None
+    """None if no run was made."""
+
+    @property
+    def name(self) -> str:
+        """The schedule, for a sentence."""
+        return f"the schedule `{self.slug}` of {self.deployment}"
+
+    def missing(self) -> bool:
+        """Tell whether a run should be there and is not."""
+        return self.active and self.when is None and _within_horizon(self.rule)
+
+    def words(self) -> str:
+        """Return the next time as a person would say it."""
+        if not self.active:
+            return "switched off"
+        if self.when is None:
+            return "no run made" if self.missing() else "in more than three months"
+        zone = self.rule.get("timezone") or "UTC"
+        local = self.when.astimezone(ZoneInfo(zone))
+        return f"{local:%A %d %B %Y, %H:%M} {zone}, {_distance(self.when)}"
+
+
+def table(schedules: list[Due]) -> str:
+    """Return the schedules as lines of text with equal columns, under a headline."""
+    rows = [("deployment", "schedule", "data set", "next due")]
+    rows += [(due.deployment, due.slug, due.dataset or "-", due.words()) for due in schedules]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join(
+        " ".join([*(f"{cell:{width}}" for cell, width in zip(row, widths, strict=False)), row[3]])
+        for row in rows
+    )
+
+
+def read_due(ask: Ask) -> list[Due]:
+    """Return every schedule of our deployments, in the order of the deployments' names."""
+    ours = {"deployments": {"tags": {"any_": TAGS}}}
+    flows = {flow["id"]: flow["name"] for flow in ask("POST", "/flows/filter", ours)}
+    found = [
+        due
+        for deployment in ask("POST", "/deployments/filter", ours)
+        for due in _read_deployment(ask, flows[deployment["flow_id"]], deployment)
+    ]
+    return sorted(found, key=lambda due: (due.deployment, due.slug))
+
+
+def wait_for_runs(ask: Ask, patience: float = PATIENCE) -> list[Due]:
+    """Return every schedule once each active one has its next run; raise Unscheduled."""
+    deadline = time.monotonic() + patience
+    while True:
+        schedules = read_due(ask)
+        missing = [due for due in schedules if due.missing()]
+        if not missing:
+            return schedules
+        if time.monotonic() > deadline:
+            which = ", ".join(due.name for due in missing)
+            raise Unscheduled(
+                f"the Prefect server has made no run within {patience:.0f} s for {which}; "
+                "nothing will start by itself until it does"
+            )
+        time.sleep(1)
+
+
+def _read_deployment(ask: Ask, flow: str, deployment: dict[str, Any]) -> list[Due]:
+    times = _next_times(ask, deployment)
+    return [
+        Due(
+            deployment=f"{flow}/{deployment['name']}",
+            slug=schedule["slug"] or schedule["id"],
+            dataset=_dataset(deployment, schedule),
+            rule=schedule["schedule"],
+            active=schedule["active"] and not deployment["paused"],
+            when=times.get(schedule["id"]),
+        )
+        for schedule in deployment["schedules"]
+    ]
+
+
+def _next_times(ask: Ask, deployment: dict[str, Any]) -> dict[str, datetime]:
+    """Return the time of the next run that each schedule made, by the schedule's id."""
+    wanted = {schedule["id"] for schedule in deployment["schedules"] if schedule["active"]}
+    coming = {
+        "deployments": {"id": {"any_": [deployment["id"]]}},
+        "flow_runs": {
+            "state": {"type": {"any_": ["SCHEDULED"]}},
+            "expected_start_time": {"after_": datetime.now(UTC).isoformat()},
+        },
+        "sort": "EXPECTED_START_TIME_ASC",
+    }
+    times: dict[str, datetime] = {}
+    offset = 0
+    while wanted - times.keys():
+        page = ask("POST", "/flow_runs/filter", coming | {"offset": offset})
+        for run in page:
+            if run["auto_scheduled"] and run["created_by"]:
+                when = datetime.fromisoformat(run["expected_start_time"])
+                times.setdefault(str(run["created_by"]["id"]), when)
+        if not page:
+            break
+        offset += len(page)
+    return times
+
+
+def _dataset(deployment: dict[str, Any], schedule: dict[str, Any]) -> str:
+    given = deployment["parameters"] | schedule["parameters"]
+    form = (deployment["parameter_openapi_schema"] or {}).get("properties", {})
+    return str(given.get("dataset", form.get("dataset", {}).get("default", "")))
+
+
+def _within_horizon(rule: dict[str, Any]) -> bool:
+    """Tell whether a date is so near that the server makes its run by now."""
+    from prefect.server.schemas.core import DeploymentSchedule  # noqa: PLC0415 - slow to import
+
+    schedule = DeploymentSchedule.model_validate({"schedule": rule}).schedule
+    now = datetime.now(UTC)
+    return bool(asyncio.run(schedule.get_dates(n=1, start=now, end=now + HORIZON)))
+
+
+def _distance(when: datetime) -> str:
+    left = when - datetime.now(UTC)
+    for unit, length in (("day", timedelta(days=1)), ("hour", timedelta(hours=1))):
+        if left >= length:
+            number = left // length
+            return f"in {number} {unit}{'s' if number > 1 else ''}"
+    return f"in {max(0, int(left.total_seconds()) // 60)} minutes"

@@ -1,0 +1,202 @@
+"""Choose who is told: save an address as a notification block on the Prefect server.
+
+    make notify URL=https://hooks.slack.com/services/T…/B…/…       Slack
+    make notify URL='https://….logic.azure.com/workflows/…'         Microsoft Teams, by a workflow
+    make notify URL=https://discord.com/api/webhooks/ID/TOKEN       Discord
+    make notify URL='mailto://USER:PASSWORD@example.org?to=…'       e-mail
+    make notify URL=https://example.org/hook                        any webhook: JSON is posted
+    make notify URL=…                                               any other address of Apprise
+    make notify                                                     list who is told
+
+A test message is sent at once; only if it arrives is the address saved. Each address becomes a
+block `retraining-KIND-…`; a block that a person makes in the UI is used likewise if its name is
+`retraining` or begins with `retraining-`. (A block "Custom Webhook" of the UI gets every message
+but the one that no worker runs: that is the server's to send, and its log would quote the address.)
+
+A webhook gets `subject`, `body`, `type` (info, success, warning, failure), and as fields of
+their own what programs want: `kind`, `verdict`, `dataset`, `model`, `model_version`, `run`, and
+links as `link_prefect_run` and so on.
+"""
+
+import argparse
+import hashlib
+import logging
+import os
+import re
+import sys
+from datetime import UTC, datetime
+from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
+from uuid import uuid4
+
+from prefect.blocks.abstract import NotificationBlock
+from prefect.blocks.notifications import DiscordWebhook, MicrosoftTeamsWebhook, SlackWebhook
+from prefect.client.orchestration import SyncPrefectClient
+from pydantic import SecretStr
+
+from deployments.stack import StackError
+from deployments.watch import speaking_to_prefect
+from tasks.alarms import keep_rules
+from tasks.messages import Message
+from tasks.notifications import NAME, Recipient, describe_kinds, find_recipients, known_to_server
+from tasks.notifications import send as send_to
+
+_EXPECTED = {
+    "hooks.slack.com": "https://hooks.slack.com/services/T…/B…/…",
+    "discord.com": "https://discord.com/api/webhooks/ID/TOKEN",
+    "discordapp.com": "https://discordapp.com/api/webhooks/ID/TOKEN",
+}
+"""Shapes of the addresses of hosts that take no other."""
+
+
+class BadAddress(ValueError):
+    """The address cannot be one that messages are sent to; the sentence does not quote it."""
+
+
+def main() -> int:
+    """Save the address of the variable URL, or list who is told; return 1 if that failed.
+
+    The address comes by the environment: a command line is for everybody to read.
+    """
+    argparse.ArgumentParser(
+        prog="URL=… python -m deployments.notify", description=__doc__
+    ).parse_args()
+    address = os.environ.get("URL", "").strip()
+    try:
+        with speaking_to_prefect() as prefect:
+            print(add(prefect, address) if address else describe(prefect))
+    except (BadAddress, StackError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def add(prefect: SyncPrefectClient, address: str) -> str:
+    """Send a test message to an address, save it if it arrives, and say so.
+
+    Raises BadAddress with a sentence if it is malformed, refuses, or does not answer in time.
+    """
+    kind, block = block_for(address)
+    name = f"{NAME}-{kind}-{hashlib.sha256(address.encode()).hexdigest()[:6]}"
+    test = Message(
+        key="test",
+        subject="Test of mnist-retraining",
+        body="Somebody ran `make notify`: what happens to the models is told here from now on.",
+        severity="info",
+        facts={"kind": "test"},
+    )
+    recipient = Recipient(name, uuid4(), kind, datetime.now(UTC), lambda: block)
+    if reason := send_to([recipient], test)[name]:
+        raise BadAddress(
+            f"The test message did not arrive at {mask(address)}: {reason}. Nothing was saved: "
+            "correct the address, or find out why it refuses, and try again."
+        )
+    block.save(name, overwrite=True)
+    changed = keep_rules(prefect, known_to_server(find_recipients(prefect)))
+    rules = f" Rules of the server that tell it too: {', '.join(changed)}." if changed else ""
+    return f"The test message arrived. {name} is told from now on.{rules}"
+
+
+def describe(prefect: SyncPrefectClient) -> str:
+    """Return a line for each block that messages are sent to, without its address."""
+    kinds = describe_kinds(find_recipients(prefect))
+    if not kinds:
+        return "Nobody is told of anything. `make notify URL=…` sends messages to an address."
+    width = max(map(len, kinds))
+    return "\n".join(f"{name:{width}}  {kind}" for name, kind in kinds.items())
+
+
+def block_for(address: str) -> tuple[str, NotificationBlock]:
+    """Return the kind of an address, in a word, and the block that sends to it.
+
+    Prefect has blocks for a few services; its Slack block hands every other address to Apprise as
+    it is, and is a block that each server has. A webhook is Apprise's as well: it is the only way
+    in which a failure does not write the address into the server's log.
+    """
+    parts = _split(address)
+    host = parts.hostname or ""
+    if parts.scheme in {"http", "https"}:
+        if re.fullmatch(r"hooks\.slack-gov\.com", host):
+            return "slack", SlackWebhook(url=SecretStr(address))
+        service = _service(address)
+        if service is None and host in _EXPECTED:
+            raise BadAddress(
+                f"{mask(address)} is not an address of a webhook there; expected {_EXPECTED[host]}"
+            )
+        if service is None:
+            return "webhook", SlackWebhook(url=SecretStr(_json_address(parts)))
+        return _native(service, address, parts)
+    if parts.scheme in {"mailto", "mailtos"}:
+        # Apprise sends HTML, in which the lines of a text run together.
+        plain = (
+            "" if "format=" in parts.query else "&format=text" if parts.query else "?format=text"
+        )
+        address = f"{address}{plain}"
+    if _service(address) is None:
+        raise BadAddress(
+            f"{mask(address)} is not an address that Apprise knows; expected https://…, "
+            "mailto://USER:PASSWORD@HOST?to=… or another one of appriseit.com/services"
+        )
+    kind = "email" if parts.scheme in {"mailto", "mailtos"} else parts.scheme
+    return kind, SlackWebhook(url=SecretStr(address))
+
+
+def mask(address: str) -> str:
+    """Return what of an address may be shown: the scheme, and the host where that is no secret."""
+    scheme, _, rest = address.partition("://")
+    if not rest or not re.fullmatch(r"[a-z]{2,12}", scheme.lower()):
+        return "this"
+    host = re.match(r"(?:[^/?#]*@)?([\w.-]+)", rest)
+    shown = host[1] if host and scheme.lower() in {"http", "https", "mailto", "mailtos"} else ""
+    return f"{scheme}://{shown}/…" if shown else f"{scheme}://…"
+
+
+def _native(service: str, address: str, parts: SplitResult) -> tuple[str, NotificationBlock]:
+    """Return the block for an https address that Apprise knows as that of a service."""
+    secret = SecretStr(address)
+    if service == "Discord":
+        identifier, token = parts.path.strip("/").split("/")[2:4]
+        discord = DiscordWebhook(webhook_id=SecretStr(identifier), webhook_token=SecretStr(token))
+        return "discord", discord
+    if service.startswith("Power Automate"):
+        return "teams", MicrosoftTeamsWebhook(url=secret)
+    return re.sub(r"[^a-z0-9]", "", service.lower()), SlackWebhook(url=secret)
+
+
+def _split(address: str) -> SplitResult:
+    try:
+        parts = urlsplit(address)
+        web = parts.scheme in {"http", "https"}  # elsewhere a token may be where a port is
+        usable = parts.scheme and parts.netloc and not (web and parts.port == 0)
+    except ValueError:  # such as a port that is no number, or half an IPv6 address
+        usable = False
+    if not usable or re.search(r"\s", address) or not address.isprintable():
+        raise BadAddress(
+            f"{mask(address)} is not an address; expected https://…, mailto://… or another one of "
+            "appriseit.com/services, in quotes if it holds & or $"
+        )
+    return parts
+
+
+def _service(address: str) -> str | None:
+    """Return Apprise's name of the service that an address belongs to; None if it knows none."""
+    from apprise import Apprise  # noqa: PLC0415 - half a second
+
+    logging.getLogger("apprise").addHandler(logging.NullHandler())
+    logging.getLogger("apprise").propagate = False  # it quotes what it cannot read
+    found = Apprise.instantiate(address)
+    if found is None:
+        return None
+    return str(found.service_name)
+
+
+def _json_address(parts: SplitResult) -> str:
+    """Return Apprise's form of a webhook: it posts JSON with these names and the same query."""
+    query = [(f"-{name}", value) for name, value in parse_qsl(parts.query, keep_blank_values=True)]
+    query += [(":title", "subject"), (":message", "body")]
+    scheme = "jsons" if parts.scheme == "https" else "json"
+    path = parts.path or "/"
+    return f"{scheme}://{parts.netloc}{path}?{urlencode(query, safe=':')}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
