@@ -13,7 +13,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from deployments import processes
+from deployments import notify, processes
 from deployments.services import worker
 from deployments.stack import PROJECT, Ports, Stack, environment, start, stop
 from tests.faults.inbox import Inbox
@@ -138,6 +138,7 @@ def opened(root: Path) -> Iterator[Bench]:
         try:
             start(stack, deploy=PROJECT / "deployments" / "prefect.yaml", say=_quiet)
             with get_client(sync_client=True) as prefect:
+                notify.add(prefect, inbox.address)
                 yield Bench(stack, proxies, plants, inbox, prefect)
         finally:
             stop(stack, say=_quiet)

@@ -122,16 +122,14 @@ def _nobody_left_in_the_dark(record: Record) -> Promise:
         for state in run.states
         if (state.type == "FAILED" or state.name == _GIVEN_UP) and state.name != _REFUSED
     )
-    refused = {run.id for run in record.runs for s in run.states if s.name == _REFUSED}
-    told = Counter[str]()
-    false = list[str]()
-    known = {run.id for run in record.runs}
+    refused = Counter(run.id for run in record.runs for s in run.states if s.name == _REFUSED)
+    told, false = Counter[str](), list[str]()
     for message in record.messages:
         if message.fields.get("type") != "failure":
             continue
-        about = [run for run in known if any(run in text for text in message.fields.values())]
-        told.update(about)
-        if about and not (set(about) & needed.keys() | set(about) & refused):
+        run = message.fields.get("run", "")
+        told[run] += 1
+        if run not in needed | refused:
             false.append(message.fields.get("subject", "a message"))
     silent = [run for run in needed if not told[run]]
     doubled = [run for run in needed if told[run] > needed[run]]

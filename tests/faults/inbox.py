@@ -1,5 +1,6 @@
 """A real HTTP server that keeps the messages which people would get."""
 
+import json
 import threading
 import time
 from dataclasses import dataclass
@@ -11,7 +12,11 @@ class Message:
     """What came, and when, in seconds since the epoch."""
 
     when: float
-    body: str
+    fields: dict[str, str]
+
+    def is_about(self, run: str) -> bool:
+        """Tell whether it is about a flow run."""
+        return self.fields.get("run") == run
 
 
 class Inbox:
@@ -23,8 +28,9 @@ class Inbox:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 length = int(self.headers.get("Content-Length", 0))
-                body = self.rfile.read(length).decode(errors="replace")
-                messages.append(Message(time.time(), body))
+                content = json.loads(self.rfile.read(length))
+                fields = {str(name): str(value) for name, value in content.items()}
+                messages.append(Message(time.time(), fields))
                 self.send_response(200)
                 self.end_headers()
 
@@ -36,13 +42,13 @@ class Inbox:
         self._thread.start()
 
     @property
-    def port(self) -> int:
-        """Where it listens."""
-        return self._server.server_address[1]
+    def address(self) -> str:
+        """Where it listens, as `make notify URL=…` takes it."""
+        return f"http://127.0.0.1:{self._server.server_address[1]}/hook"
 
-    def about(self, word: str) -> list[Message]:
-        """Return the messages that hold a word, such as the id of a run."""
-        return [message for message in self.messages if word in message.body]
+    def failures(self, run: str) -> list[Message]:
+        """Return the messages that call a run failed."""
+        return [m for m in self.messages if m.is_about(run) and m.fields["type"] == "failure"]
 
     def close(self) -> None:
         """Stop listening."""

@@ -1,6 +1,5 @@
 """Live through a planned year on real servers, and record what happens."""
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -445,7 +444,7 @@ def _record(life: Life, ended: float, retained: Sizes) -> Record:
         ],
         history_problems=[*history.problems, *unexplained],
         messages=[
-            MessageSeen(when=message.when, fields=_fields(message.body))
+            MessageSeen(when=message.when, fields=message.fields)
             for message in life.bench.inbox.messages
         ],
         acts=life.acts,
@@ -500,11 +499,3 @@ def _images_under(store: Store, folder: str) -> list[str]:
             raw = parse_batch({"part.parquet": store.get(name)})
             found += _digests(Digits(raw.images, raw.labels))
     return found
-
-
-def _fields(body: str) -> dict[str, str]:
-    try:
-        content = json.loads(body)
-    except ValueError:
-        return {"body": body}
-    return {str(key): str(value) for key, value in content.items()}

@@ -10,6 +10,7 @@ the right one. The exit code is 1 if a pair does not.
 
 import argparse
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -35,6 +36,8 @@ from tests.faults.stages import STAGES, find_problems
 OUTAGE_SECONDS = 5.0
 _MOST_SECONDS = 600.0
 """After which a run that has not ended counts as lost."""
+_TOLD_SECONDS = 120.0
+"""A failure that nobody was told of by then is a silent one."""
 _SETTLED_SECONDS = 3.0
 """A late report of a death may overwrite the state of a run until then."""
 _LAST_REQUEST = 8
@@ -133,14 +136,24 @@ def run_pair(bench: Bench, template: Template, pair: Pair, dataset: str) -> Outc
             bench.plants.go_on(dataset)
             time.sleep(OUTAGE_SECONDS)
     found, _ = bench.wait(run, _has_ended, _MOST_SECONDS)
+    told = _wait_for_message(bench, found)
     time.sleep(_SETTLED_SECONDS)
-    return _judge(pair, struck, found, bench.states(run), find_problems(bench, trial, run))
+    problems = find_problems(bench, trial, run)
+    return _judge(pair, struck, found, bench.states(run), (problems, told))
 
 
 def _judge(
-    pair: Pair, struck: Struck | None, run: FlowRun, states: Sequence[State], problems: list[str]
+    pair: Pair,
+    struck: Struck | None,
+    run: FlowRun,
+    states: Sequence[State],
+    found: tuple[list[str], int],
 ) -> Outcome:
-    """Return how a pair ended; what the server says last counts, not what it said at the end."""
+    """Return how a pair ended, given the problems that were found and the failures told.
+
+    What the server says last counts, not what it said at the end.
+    """
+    problems, told = found
     state, since = states[-1], struck.when if struck else states[0].timestamp.timestamp()
     if struck is None:
         problems = [f"the fault was never planted; {run.name} is {state.name}", *problems]
@@ -149,8 +162,12 @@ def _judge(
     ending: Ending = "neither"
     if state.is_completed():
         ending = "recovered"
-    elif _has_ended(run) and state.message:
+        if told:
+            problems = [*problems, "a failure was told that was none"]
+    elif told:
         ending = "told"
+        if told > 1:
+            problems = [*problems, f"it was told {told} times"]
     begun = [s.timestamp.timestamp() - since for s in states if s.is_running()]
     return Outcome(
         pair=pair,
@@ -173,6 +190,15 @@ def _wait_for_strike(bench: Bench, name: str, run: UUID) -> Struck | None:
             break
         time.sleep(0.05)
     return bench.plants.struck(name)
+
+
+def _wait_for_message(bench: Bench, run: FlowRun) -> int:
+    """Return how many messages call a run failed; one that ended well needs none."""
+    deadline = time.monotonic() + _TOLD_SECONDS
+    if run.state and not run.state.is_completed():
+        while not bench.inbox.failures(str(run.id)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+    return len(bench.inbox.failures(str(run.id)))
 
 
 def _has_ended(run: FlowRun) -> bool:
@@ -220,16 +246,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Plant every fault at every stage.")
     parser.add_argument("--seed", type=int, default=0, help="chooses requests, and the part")
     parser.add_argument("--part", type=int, help="how many pairs; all if it is not given")
-    parser.add_argument("--only", default="", help="only pairs whose names hold this")
+    parser.add_argument("--only", default="", help="only pairs that this pattern finds")
     parser.add_argument("--jobs", type=int, default=1, help="stacks that work side by side")
     words = parser.parse_args()
     pairs = [
         pair
-        for pair in choose_pairs(words.seed, None)
-        if words.only in f"{pair.fault} at {pair.stage}"
+        for pair in choose_pairs(words.seed, words.part)
+        if re.search(words.only, f"{pair.fault} at {pair.stage}")
     ]
-    if words.part is not None:
-        pairs = [pair for pair in choose_pairs(words.seed, words.part) if pair in pairs]
     outcomes = list(_run_side_by_side(pairs, max(1, words.jobs)))
     print(f"\n{summary(outcomes)}")
     return 0 if all(outcome.passed for outcome in outcomes) else 1
