@@ -12,6 +12,7 @@ import argparse
 import random
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -113,6 +114,7 @@ def choose_pairs(seed: int, part: int | None) -> list[Pair]:
 
 def run_pairs(root: Path, pairs: Sequence[Pair]) -> list[Outcome]:
     """Run pairs one after another on a stack of their own, and print each as it ends."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # in a process of its own
     with opened(root) as bench:
         _quiet_automations(bench)
         template, outcomes = train_template(bench), list[Outcome]()
@@ -249,6 +251,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="only pairs that this pattern finds")
     parser.add_argument("--jobs", type=int, default=1, help="stacks that work side by side")
     words = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what ends us ends our servers
     pairs = [
         pair
         for pair in choose_pairs(words.seed, words.part)

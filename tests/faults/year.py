@@ -4,17 +4,19 @@
     python -m tests.faults.year --weeks 3 --seed 7    # a short one
 
 Prints every promise and what was found, and leaves the time line as year.png beside the record,
-year.json, from which it can be judged and drawn again. The exit code is 1 if a promise is broken.
+year.json, in .stack/year, from which it can be judged and drawn again. The exit code is 1 if a promise is broken.
 """
 
 import argparse
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from deployments.stack import PROJECT
 from tests.faults.bench import opened
 from tests.faults.check import Promise, check
 from tests.faults.draw import draw
@@ -22,6 +24,7 @@ from tests.faults.live import live
 from tests.faults.plan import plan_year
 from tests.faults.record import Record
 
+OUT = PROJECT / ".stack" / "year"
 SECONDS_A_WEEK = 22.0
 """52 weeks in 19 minutes: a week's run takes half of that on two idle cores."""
 
@@ -47,9 +50,10 @@ def main() -> int:
     parser.add_argument("--weeks", type=int, default=52)
     parser.add_argument("--seed", type=int, default=0, help="plans arrivals, faults and people")
     parser.add_argument("--interval", type=float, default=SECONDS_A_WEEK, help="seconds a week")
-    parser.add_argument("--out", type=Path, default=Path(), help="folder of picture and record")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of picture and record")
     parser.add_argument("--record", type=Path, help="judge and draw this record, and live nothing")
     words = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what ends us ends our servers
     begun = time.monotonic()
     if words.record:
         record = Record.model_validate_json(words.record.read_text())
