@@ -9,7 +9,7 @@ import numpy as np
 
 from tests.faults.record import Record, RunSeen
 
-_UNFINISHED = {"RUNNING", "PENDING", "CANCELLING", "CRASHED"}
+_UNFINISHED = {"SCHEDULED", "PENDING", "RUNNING", "CANCELLING", "CRASHED"}
 _GIVEN_UP = "Given up"
 _REFUSED = "Refused"
 """State of a form whose wish must not be done: the answer to a person, and no fault."""
@@ -105,11 +105,13 @@ def _one_champion(record: Record) -> Promise:
 
 
 def _nothing_left(record: Record) -> Promise:
-    """No run is left running, pending or crashed."""
+    """No run that was due is left waiting, pending, running or crashed."""
     left = [
         f"{run.flow} of week {record.week(run.due):.1f} is {run.last.name}"
         for run in record.runs
-        if run.last.type in _UNFINISHED and run.last.name != _GIVEN_UP
+        if run.last.type in _UNFINISHED
+        and run.last.name != _GIVEN_UP
+        and record.week(run.due) < record.weeks
     ]
     return Promise("no run left", not left, "; ".join(left) or f"{len(record.runs)} runs ended")
 

@@ -15,9 +15,15 @@ import psutil
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from prefect.client.schemas.actions import DeploymentScheduleCreate
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    FlowRunFilterTags,
+)
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.schedules import IntervalSchedule
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.states import AwaitingRetry
 
@@ -33,6 +39,7 @@ from tasks.ledger import folder_of, incoming_folder, present_snapshot, read_base
 from tasks.recovery import GIVEN_UP
 from tasks.shards import read_split
 from tasks.storage import DEFAULT_STORE, StorageUnreachable, Store
+from tasks.turn import TAG
 from tasks.versions import read_model, read_versions
 from tests.faults.bench import Bench
 from tests.faults.plan import (
@@ -67,6 +74,11 @@ MODEL = f"{DATASET}-cnn"
 _LOOK_SECONDS = 1.0
 _END_SECONDS = 600.0
 """After the last week, until every run must have ended."""
+_PAGE = 200
+_ACTIVE = [
+    *(StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING),
+    *(StateType.CANCELLING, StateType.CRASHED),
+]
 _RETENTION_DAYS = 100.0
 _AWAY = (
     httpx.HTTPError,
@@ -322,7 +334,7 @@ def _answer_offer(life: Life, challenger: str | None) -> None:
 
 def _repeat_failed(life: Life) -> None:
     """Repeat a run that failed, as the person does who was told of it."""
-    for run in _runs(life.bench):
+    for run in _runs(life.bench, [StateType.FAILED, StateType.CRASHED]):
         state = run.state
         failed = state and (state.is_failed() or state.name == GIVEN_UP)
         if not state or not failed or state.name == "Refused" or str(state.id) in life.answered:
@@ -360,21 +372,28 @@ def _active(bench: Bench) -> list[FlowRun]:
     now = datetime.now(UTC)
     return [
         run
-        for run in _runs(bench)
+        for run in _runs(bench, _ACTIVE)
         if run.state
         and (not run.state.is_final() or (run.state.is_crashed() and run.state.name != GIVEN_UP))
         and (run.expected_start_time is None or run.expected_start_time <= now)
     ]
 
 
-def _runs(bench: Bench) -> list[FlowRun]:
-    """Return every run of ours that is about the year's data set, oldest first."""
-    ours = FlowRunFilter(tags=FlowRunFilterTags(all_=["mnist-retraining"]))
-    found, page = list[FlowRun](), list[FlowRun]()
-    while not found or page:
-        page = bench.prefect.read_flow_runs(flow_run_filter=ours, limit=200, offset=len(found))
+def _runs(bench: Bench, types: list[StateType] | None = None) -> list[FlowRun]:
+    """Return the runs of ours about the year's data set, all or those in states of some types."""
+    ours = FlowRunFilter(
+        tags=FlowRunFilterTags(all_=[TAG]),
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=types)) if types else None,
+    )
+    found = list[FlowRun]()
+    while page := bench.prefect.read_flow_runs(
+        flow_run_filter=ours,
+        sort=FlowRunSort.EXPECTED_START_TIME_ASC,
+        limit=_PAGE,
+        offset=len(found),
+    ):
         found += page
-        if not page:
+        if len(page) < _PAGE:
             break
     about = (DATASET, MODEL)
     return [

@@ -136,7 +136,7 @@ LIES: dict[str, tuple[str, Callable[[Record], dict[str, object]]]] = {
         "one champion, history whole",
         lambda r: {"history_problems": [*r.history_problems, "move 1 is missing"]},
     ),
-    "a run goes on for ever": ("no run left", lambda r: {"runs": [*r.runs, run_of(3)]}),
+    "a run goes on for ever": ("no run left", lambda r: {"runs": [*r.runs, run_of(2)]}),
     "a silent fault": ("every fault told, once", lambda r: {"messages": r.messages[:2]}),
     "a fault told twice": (
         "every fault told, once",

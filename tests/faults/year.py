@@ -3,8 +3,9 @@
     python -m tests.faults.year                       # 52 weeks
     python -m tests.faults.year --weeks 3 --seed 7    # a short one
 
-Prints every promise and what was found, and leaves the time line as year.png beside the record,
-year.json, in .stack/year, from which it can be judged and drawn again. The exit code is 1 if a promise is broken.
+Prints every promise and what was found, and leaves the time line, year.png, in .stack/year, beside
+the record, year.json, from which it can be judged and drawn again. The exit code is 1 if a promise
+is broken.
 """
 
 import argparse
