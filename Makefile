@@ -28,8 +28,8 @@ notify: $(STAMP) ## who is told: make notify URL=… adds an address, without UR
 test: $(STAMP) ## everything that the tests need, and the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
 
-up down status: $(STAMP) ## the local stack: start, stop, look
-	$(BIN)/python -m deployments.stack $@
+up down status: $(STAMP) ## the local stack: start, stop, look; RESET=1 undoes what was edited in Prefect's UI
+	$(BIN)/python -m deployments.stack $@ $(if $(RESET),--reset)
 
 # make approve VERSION=5 REASON="…", reject likewise, rollback REASON="…" [TO=3], history;
 # each with [MODEL=digits-cnn].

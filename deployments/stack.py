@@ -14,9 +14,9 @@ from typing import Any
 
 import httpx
 import psutil
-import yaml
 
 from deployments import processes
+from deployments.deploy import deploy, set_automations
 from deployments.due import Ask, Unscheduled, table, wait_for_runs
 from deployments.services import (
     BUCKET,
@@ -38,14 +38,17 @@ from deployments.services import (
 
 __all__ = ["PROJECT", "Ports", "Stack", "StackError", "environment", "start", "status", "stop"]
 
-PATIENCE = 180.0  # seconds until all must answer: a first start reads a gigabyte of cold files
+PATIENCE = 600.0  # seconds until all must answer: a busy machine reads a gigabyte of cold files
 
 Say = Callable[[str], None]
 
 
-def start(stack: Stack, *, deploy: Path | None = None, say: Say = print) -> None:
+def start(
+    stack: Stack, *, deploy: Path | None = None, reset: bool = False, say: Say = print
+) -> None:
     """Start what is not running, wait until all of it answers, and deploy a prefect.yaml.
 
+    What people changed on the Prefect server stays, unless `reset` asks for what the files say.
     If anything goes wrong, Ctrl-C included, what this call started is stopped again. Raises
     StackError.
     """
@@ -53,7 +56,7 @@ def start(stack: Stack, *, deploy: Path | None = None, say: Say = print) -> None
     with processes.one_at_a_time(stack.root, say):
         before = processes.find(stack.root)
         try:
-            _start(stack, deploy, say)
+            _start(stack, deploy, say, reset=reset)
         except BaseException:
             processes.end(processes.find(stack.root).keys() - before.keys())
             raise
@@ -96,14 +99,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; return 0, 1 after an error, 3 if something is down, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m deployments.stack", description=__doc__)
     parser.add_argument("command", choices=["up", "down", "status"])
-    command = parser.parse_args(arguments).command
+    parser.add_argument("--reset", action="store_true", help="undo what was edited in Prefect's UI")
+    typed = parser.parse_args(arguments)
+    command = typed.command
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _interrupt)
     try:
         stack = Stack.configured()
         if command == "up":
-            start(stack, deploy=PROJECT / "deployments" / "prefect.yaml")
+            start(stack, deploy=PROJECT / "deployments" / "prefect.yaml", reset=typed.reset)
         elif command == "down":
             stop(stack)
         elif not status(stack):
@@ -162,7 +167,7 @@ class _Start:
             time.sleep(0.1 if waiting else 0)
 
 
-def _start(stack: Stack, deploy: Path | None, say: Say) -> None:
+def _start(stack: Stack, prefect_yaml: Path | None, say: Say, *, reset: bool) -> None:
     services = _services(stack)
     _end_leftovers(stack, say)
     missing = [service for service in services if _running(stack, service) is None]
@@ -179,13 +184,16 @@ def _start(stack: Stack, deploy: Path | None, say: Say) -> None:
         if service in missing:
             attempt.launch(service)
     attempt.wait_for(prefect)
-    _prepare_prefect(stack)
-    if its_worker in missing:
-        attempt.launch(its_worker)
-    if deploy is not None:
-        _deploy(stack, deploy, say)  # while the worker starts
+    with prefect_api(stack) as ask:
+        _make_pool(ask)
+        set_automations(ask, stack, reset=reset, say=say)
+        if its_worker in missing:
+            attempt.launch(its_worker)
+        if prefect_yaml is not None:  # while the worker starts
+            say(f"deploying {prefect_yaml}")
+            deploy(ask, stack, prefect_yaml, reset=reset, say=say)
     attempt.wait_for(*servers, its_worker)
-    if deploy is not None:
+    if prefect_yaml is not None:
         _say_due(stack, say)
 
 
@@ -240,24 +248,14 @@ def _check_ports(services: list[Service]) -> None:
         raise StackError("\n".join([*held, "Nothing was started."]))
 
 
-def _prepare_prefect(stack: Stack) -> None:
-    """Make the work pool, and make the automations or bring them up to date."""
-    wanted = yaml.safe_load((PROJECT / "deployments" / "automations.yaml").read_text())
-    with _prefect_api(stack) as ask:
-        pools = ask("POST", "/work_pools/filter", {})
-        if POOL not in [pool["name"] for pool in pools]:
-            ask("POST", "/work_pools/", {"name": POOL, "type": "process"})
-        present = {found["name"]: found for found in ask("POST", "/automations/filter", {})}
-        for automation in wanted["automations"]:
-            found = present.get(automation["name"])
-            if found is None:
-                ask("POST", "/automations/", automation)
-            elif not _agrees(automation, found):
-                ask("PUT", f"/automations/{found['id']}", automation)
+def _make_pool(ask: Ask) -> None:
+    pools = ask("POST", "/work_pools/filter", {})
+    if POOL not in [pool["name"] for pool in pools]:
+        ask("POST", "/work_pools/", {"name": POOL, "type": "process"})
 
 
 @contextmanager
-def _prefect_api(stack: Stack) -> Iterator[Ask]:
+def prefect_api(stack: Stack) -> Iterator[Ask]:
     """Give a function that asks Prefect, and again while its SQLite is locked (503)."""
     url = f"{stack.prefect_url}/api"
     with httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
@@ -275,40 +273,13 @@ def _prefect_api(stack: Stack) -> Iterator[Ask]:
 
 def _say_due(stack: Stack, say: Say) -> None:
     """Say when each schedule is due next; raise Unscheduled, with the server's last error."""
-    with _prefect_api(stack) as ask:
+    with prefect_api(stack) as ask:
         try:
             schedules = wait_for_runs(ask)
         except Unscheduled as error:
             log = prefect_server(stack).log
             raise Unscheduled(f"{error}. {processes.last_error(log)}") from error
     say(table(schedules))
-
-
-def _agrees(wanted: object, found: object) -> bool:
-    """Tell whether what is wanted is there; the server adds fields of its own."""
-    if isinstance(wanted, dict) and isinstance(found, dict):
-        return all(_agrees(value, found.get(key)) for key, value in wanted.items())
-    if isinstance(wanted, list) and isinstance(found, list) and len(wanted) == len(found):
-        return all(map(_agrees, wanted, found))
-    return wanted == found
-
-
-def _deploy(stack: Stack, prefect_yaml: Path, say: Say) -> None:
-    say(f"deploying {prefect_yaml}")
-    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-    log = stack.log("deploy")
-    with log.open("wb") as output:
-        done = subprocess.run(
-            [*command, "--prefect-file", str(prefect_yaml)],
-            env=inherited_environment(stack),
-            cwd=PROJECT,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            check=False,
-        )
-    if done.returncode != 0:
-        raise StackError(f"{prefect_yaml} was not deployed. {processes.tail(log)}")
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:

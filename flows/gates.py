@@ -15,6 +15,7 @@ from tasks.gates import (
     poison,
     report_gates,
 )
+from tasks.outcome import once
 from tasks.registry import find_champion
 from tasks.snapshot import Dataset, take_snapshot
 from tasks.storage import DEFAULT_STORE
@@ -22,6 +23,7 @@ from tasks.validate import validate_snapshot
 
 
 @flow(name="gate-check", flow_run_name="gates of {dataset}")
+@once
 @in_time
 def check_gates(
     dataset: Dataset = "mnist",

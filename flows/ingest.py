@@ -9,6 +9,7 @@ from pydantic import Field, StringConstraints
 
 from tasks.attempt import TimeLimit, in_time
 from tasks.ingest import find_arrivals, ingest_batch, report_ingest
+from tasks.outcome import once
 from tasks.preflight import check_services
 from tasks.records import RejectedSnapshot, ValidatedSnapshot, Verdict
 from tasks.registry import find_champion
@@ -22,6 +23,7 @@ QuietMinutes = Annotated[float, Field(ge=0, le=24 * 60)]
 
 
 @flow(name="ingest", flow_run_name="batches of {dataset}")
+@once
 @in_turn
 @in_time
 def ingest(

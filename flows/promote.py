@@ -11,9 +11,10 @@ from tasks.attempt import TimeLimit, in_time
 from tasks.evaluate import try_version
 from tasks.history import Account
 from tasks.models import ModelUnusable
+from tasks.outcome import once
 from tasks.registry import (
     approve_challenger,
-    find_rollback,
+    fix_rollback,
     reject_challenger,
     roll_back_champion,
     show_history,
@@ -26,6 +27,7 @@ Number = Annotated[int, Field(ge=1)]
 
 
 @flow(name="promote", flow_run_name="{judgement} {model} {version}")
+@once
 @in_time
 def judge(
     *,
@@ -62,6 +64,7 @@ def judge(
 
 
 @flow(name="promote", flow_run_name="roll back {model}")
+@once
 @in_time
 def roll_back(
     reason: Words,
@@ -83,7 +86,7 @@ def roll_back(
 
     """
     try:
-        target, champion = find_rollback(model, to)
+        target, champion = fix_rollback(model, to, store)
         accuracy = try_version(target, store)
         roll_back_champion(target, champion, Account(who=who, why=reason), store)
     except (Refused, ModelUnusable) as refusal:

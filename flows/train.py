@@ -15,6 +15,7 @@ from tasks.card import publish_cards
 from tasks.decide import decide_promotion
 from tasks.evaluate import evaluate_models
 from tasks.fingerprint import find_repeat, fingerprint
+from tasks.outcome import once
 from tasks.preflight import check_services
 from tasks.records import RejectedSnapshot
 from tasks.registry import (
@@ -43,6 +44,7 @@ def name_run() -> str:
 
 
 @flow(name="train", flow_run_name=name_run)
+@once
 @in_turn
 @in_time
 def train(

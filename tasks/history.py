@@ -6,13 +6,20 @@ Each move is kept twice, first as a tag of the version that it is about, then as
 
 named by the digest of what it holds, which includes the digest of the move before. So a move that
 is changed, added in between or taken out shows; an object that is lost is restored from its tag.
-Moves are written before they are carried out: one that no later state confirms was cut short.
+Moves are written before they are carried out. Once the alias has moved, an object
+
+    STORE/models/NAME/carried-out/SEQUENCE-SHA256.json
+
+confirms it, so that an alias that somebody moves back by hand is not taken for a move that was cut
+short. A move without it, from before this was kept or from a run that died in between, counts as
+carried out if the next one, or the registry, found its version as champion.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
 from prefect import runtime
@@ -71,9 +78,23 @@ class Move(BaseModel, frozen=True):
         return f"{folder_of(self.model)}{self.sequence:06d}-{self.digest}.json"
 
     @property
+    def confirmation(self) -> str:
+        """The name of the object that says that it was carried out."""
+        return f"{_confirmations(self.model)}{self.sequence:06d}-{self.digest}.json"
+
+    @property
     def tag(self) -> str:
         """The key of its tag."""
         return f"{_TAG}{self.sequence:06d}"
+
+
+class CarriedOut(BaseModel, frozen=True):
+    """What a confirmation holds, for people; its name is what counts."""
+
+    format: Literal[1] = 1
+    move: str
+    """Digest of the move."""
+    when: datetime
 
 
 @dataclass(frozen=True)
@@ -85,11 +106,17 @@ class History:
     """One sentence each; none if the chain is whole."""
     lost: tuple[Move, ...]
     """Moves that only the tags still know."""
+    confirmed: frozenset[str] = frozenset()
+    """Digests of the moves that were seen to be carried out."""
 
 
 def folder_of(model: str) -> str:
     """Return where the moves of a registered model lie in a store."""
     return f"models/{model}/history/"
+
+
+def _confirmations(model: str) -> str:
+    return f"models/{model}/carried-out/"
 
 
 def check_history(stored: Mapping[str, bytes], tagged: Iterable[tuple[str, str]]) -> History:
@@ -144,19 +171,24 @@ def _index_tags(tagged: Iterable[tuple[str, str]], problems: list[str]) -> dict[
     return found
 
 
-def trace(moves: Iterable[Move], champion: str | None) -> tuple[list[bool], list[str]]:
+def trace(
+    moves: Iterable[Move], champion: str | None, confirmed: Container[str] = ()
+) -> tuple[list[bool], list[str]]:
     """Tell of each move whether it was carried out, and what no move explains.
 
-    A move was carried out if the next one, or for the last one the registry, found its version as
-    champion. `champion` is the version that has the alias now.
+    A move was carried out if it is confirmed, or if the next one, or for the last one the registry,
+    found its version as champion. `champion` is the version that has the alias now, `confirmed`
+    holds digests.
     """
     moves = list(moves)
     done, unexplained = [], []
     for place, move in enumerate(moves):
         later = [other for other in moves[place + 1 :] if other.action != "reject"]
         after = later[0].from_version if later else champion
-        done.append(move.action == "reject" or after == move.to_version)
-        if move.action != "reject" and after not in {move.from_version, move.to_version}:
+        certain = move.action == "reject" or move.digest in confirmed
+        done.append(certain or after == move.to_version)
+        cut_short = not certain and after == move.from_version
+        if move.action != "reject" and after != move.to_version and not cut_short:
             unexplained.append(
                 f"after move {move.sequence} the champion should be version {move.to_version}, but "
                 f"was {after or 'none'}: somebody moved the alias past this history"
@@ -174,7 +206,21 @@ def read_history(
     history = check_history({name: store.get(name) for name in names}, _tags(versions))
     for move in history.lost if restore else ():
         store.put(move.name, move.content.encode())
-    return history
+    stems = [PurePosixPath(name).stem for name in store.names(_confirmations(model))]
+    return replace(history, confirmed=frozenset(stem.partition("-")[2] for stem in stems))
+
+
+def confirm(move: Move, store: Store) -> None:
+    """Say that a move was carried out."""
+    done = CarriedOut(move=move.digest, when=datetime.now(UTC))
+    store.put(move.confirmation, done.model_dump_json().encode())
+
+
+def own_move(versions: Iterable["RegisteredVersion"], action: Action) -> Move | None:
+    """Return the newest move of that kind that this flow run has begun."""
+    moves = [Move.model_validate_json(text) for _, text in _tags(versions)]
+    own = [move for move in moves if (move.run, move.action) == (runtime.flow_run.id, action)]
+    return max(own, key=lambda move: move.sequence, default=None)
 
 
 def plan_move(
@@ -186,12 +232,17 @@ def plan_move(
     champion: str | None,
     account: Account,
 ) -> Move:
-    """Return the next move, or the one that an earlier attempt of this flow run has begun."""
-    run = runtime.flow_run
+    """Return the next move, or the one that an earlier attempt of this flow run has begun.
+
+    A move that others have followed since is not gone on with: the order would be a lie.
+    """
+    run, versions = runtime.flow_run, list(versions)
     tagged = [Move.model_validate_json(text) for _, text in _tags(versions)]
-    for move in tagged:
-        if (move.run, move.action, move.to_version) == (run.id, action, str(to.version)):
-            return move
+    own = own_move(versions, action)
+    if own and (own.from_version, own.to_version) == (champion, str(to.version)):
+        later = [move for move in tagged if move.sequence > own.sequence]
+        if all(move.action == "reject" for move in later):
+            return own
     last = max(((move.sequence, move.digest) for move in tagged), default=(0, ""))
     for name in store.names(folder_of(to.name))[-1:]:
         sequence, _, digest = name.rpartition("/")[2].removesuffix(".json").partition("-")

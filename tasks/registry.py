@@ -4,6 +4,9 @@ Three aliases: `champion`, `previous` (what the champion replaced) and `challeng
 a person). MLflow cannot compare and set, so whoever moves them holds Prefect's global concurrency
 limit `promote-NAME`. The order of writes is what makes a crash harmless: the move is recorded, then
 `previous` is set, then `champion` moves in one write. Whatever comes after only tidies up.
+
+A flow run moves each thing once. What it has carried out it does not do again when it is resumed or
+retried, even if somebody undid it since.
 """
 
 import json
@@ -11,16 +14,27 @@ import os
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from prefect import get_run_logger, runtime
 from prefect.artifacts import create_table_artifact
+from pydantic import BaseModel
 
 from mnist_cnn.promotion import Decision
 from tasks.exclusion import exclusive
 from tasks.fingerprint import TAG as FINGERPRINT
 from tasks.fingerprint import Fingerprint
-from tasks.history import Account, Action, Move, plan_move, read_history, trace
+from tasks.history import (
+    Account,
+    Action,
+    Move,
+    confirm,
+    own_move,
+    plan_move,
+    read_history,
+    trace,
+)
+from tasks.outcome import read_record, write_record
 from tasks.records import Candidate, ModelVersion
 from tasks.step import step
 from tasks.storage import Store
@@ -43,7 +57,20 @@ from tasks.versions import (
 )
 
 if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion as RegisteredVersion
+
     from mnist_cnn.evaluation import Evaluation
+
+_ROLLBACK = "rollback"
+
+
+class Rollback(BaseModel, frozen=True):
+    """What a rollback was asked for, fixed for the flow run before anything moves."""
+
+    format: Literal[1] = 1
+    target: ModelVersion
+    replaces: ModelVersion | None
+    """The champion at that time."""
 
 
 @step
@@ -131,6 +158,8 @@ def set_champion(
     run = runtime.flow_run
     account = Account(who=f"{run.flow_name}/{runtime.deployment.name or 'by hand'}", why=why)
     with asking(f"the aliases of {version.name}"), exclusive(version.name):
+        if _did("promote", read_version(version.name, int(version.version)), Store(store)):
+            return True
         present = find_version(version.name, CHAMPION)
         if present not in (version, replaces):
             return False
@@ -152,6 +181,8 @@ def approve_challenger(name: str, number: int, account: Account, store: str) -> 
     """Make the challenger champion, if nothing has changed since it was evaluated, else Refused."""
     with asking(f"the aliases of {name}"), exclusive(name):
         model, version = read_model(name), read_version(name, number)
+        if _did("approve", version, Store(store)):
+            return describe(version)
         champion = find_version(name, CHAMPION)
         if model.aliases.get(CHAMPION) != str(number):
             demand_challenger(model, number)
@@ -175,6 +206,8 @@ def reject_challenger(name: str, number: int, account: Account, store: str) -> M
     """Record that the challenger was rejected, and take its alias away; no champion moves."""
     with asking(f"the aliases of {name}"), exclusive(name):
         version, champion = read_version(name, number), find_version(name, CHAMPION)
+        if _did("reject", version, Store(store)):
+            return describe(version)
         demand_challenger(read_model(name), number)
         before = champion.version if champion else None
         move = plan_move(
@@ -186,6 +219,21 @@ def reject_challenger(name: str, number: int, account: Account, store: str) -> M
 
 
 @step
+def fix_rollback(
+    name: str, number: int | None, store: str
+) -> tuple[ModelVersion, ModelVersion | None]:
+    """Return the version to roll back to and the champion that it replaces, fixed for this run.
+
+    A repeat returns the same two, whatever the aliases say by then.
+    """
+    fixed = read_record(Store(store), _ROLLBACK, Rollback) or _begun_rollback(name)
+    if fixed is None:
+        target, champion = find_rollback(name, number)
+        fixed = Rollback(target=target, replaces=champion)
+        write_record(Store(store), _ROLLBACK, fixed)
+    return fixed.target, fixed.replaces
+
+
 def find_rollback(name: str, number: int | None) -> tuple[ModelVersion, ModelVersion | None]:
     """Return the version to roll back to, `previous` if none is named, and today's champion.
 
@@ -224,6 +272,8 @@ def roll_back_champion(
 ) -> None:
     """Make `target` champion again in place of `replaces`; Refused if that is not champion now."""
     with asking(f"the aliases of {target.name}"), exclusive(target.name):
+        if _did("roll back", read_version(target.name, int(target.version)), Store(store)):
+            return
         present = find_version(target.name, CHAMPION)
         if present not in (target, replaces):
             raise Refused(
@@ -238,13 +288,18 @@ def roll_back_champion(
 def show_history(name: str, store: str) -> tuple[int, list[str]]:
     """Publish a table of all moves; return their number and what is wrong with the history.
 
-    Objects that are lost are restored from the registry's tags.
+    Objects that are lost are restored from the registry's tags, and a last move that is seen to be
+    carried out is confirmed.
     """
     logger = get_run_logger()
-    with asking(f"the history of {name}"):
+    with asking(f"the history of {name}"), exclusive(name):  # no move is seen half done
         champion = read_model(name).aliases.get(CHAMPION)
         history = read_history(Store(store), name, read_versions(name), restore=True)
-    done, unexplained = trace(history.moves, champion)
+        moved = [move for move in history.moves if move.action != "reject"]
+        for move in moved[-1:]:
+            if move.to_version == champion and move.digest not in history.confirmed:
+                confirm(move, Store(store))
+    done, unexplained = trace(history.moves, champion, history.confirmed)
     rows = [
         {
             "#": str(move.sequence),
@@ -295,10 +350,47 @@ def _move_champion(
                 "nothing was promoted: somebody moves aliases by other means, find out who"
             )
         client.set_registered_model_alias(name, CHAMPION, version.version)
+        confirm(move, store)
     for move in moves_of(
         target if present == version else read_version(name, int(version.version))
     ):
         _settle(move)
+
+
+def _did(action: Action, version: "RegisteredVersion", store: Store) -> bool:
+    """Tell whether this flow run has done that to a version, and tidy up after it.
+
+    The caller holds `exclusive`.
+    """
+    own = own_move([version], action)
+    if own is None:
+        return False
+    if action == "reject":
+        _record(own, store)
+    else:
+        champion = read_model(own.model).aliases.get(CHAMPION)
+        history = read_history(store, own.model, read_versions(own.model), restore=False)
+        done, _ = trace(history.moves, champion, history.confirmed)
+        if (own, True) not in zip(history.moves, done, strict=True):
+            return False
+        confirm(own, store)
+    _settle(own)
+    return True
+
+
+def _begun_rollback(name: str) -> Rollback | None:
+    """Return the rollback that this flow run has in the history, if it was begun without a record.
+
+    So did the code before there were records, whose runs can still be retried.
+    """
+    with asking(f"the versions of {name}"):
+        versions = {str(version.version): version for version in read_versions(name)}
+    own = own_move(versions.values(), "roll back")
+    if own is None:
+        return None
+    before = versions.get(own.from_version) if own.from_version else None
+    replaces = describe(before) if before else None
+    return Rollback(target=describe(versions[own.to_version]), replaces=replaces)
 
 
 def _record(move: Move, store: Store) -> None:

@@ -24,7 +24,7 @@ import yaml
 
 from deployments import processes
 from deployments.services import PROJECT, Ports, Stack, environment, s3_server
-from deployments.stack import StackError, _prefect_api, start, stop
+from deployments.stack import StackError, prefect_api, start, stop
 
 NAP = """
 import json, os, time
@@ -92,7 +92,7 @@ def said() -> list[str]:
 
 def api(stack: Stack, path: str, content: object = None) -> Any:
     method = "GET" if content is None else "POST"
-    with _prefect_api(stack) as ask:
+    with prefect_api(stack) as ask:
         return ask(method, path, content)
 
 

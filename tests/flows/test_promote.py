@@ -5,7 +5,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from urllib.parse import parse_qs, urlsplit
+from uuid import uuid4
 
+import mlflow
 import pytest
 from mlflow import MlflowClient
 from prefect.client.orchestration import get_client
@@ -19,7 +21,8 @@ from mnist_cnn.promotion import Decision, decide
 from tasks.evaluate import ModelUnusable, try_version
 from tasks.history import folder_of
 from tasks.registry import find_champion, set_champion
-from tasks.storage import Store
+from tasks.storage import DEFAULT_STORE, Store
+from tests.tasks.versions import make_champion
 
 NAME = "digits-cnn"
 PLACE = "s3://mnist-retraining/tests/promote"
@@ -154,6 +157,28 @@ def test_approval_rollback_and_history(awaiting: State) -> None:
     assert broken.is_failed()
     assert broken.name == "History broken"
     assert f"{second} was changed after it was written" in broken.message
+
+
+@pytest.mark.parametrize("kept", ["confirmed", "from before confirmations were kept"])
+def test_an_alias_that_somebody_moves_by_hand_is_told_until_it_is_back(
+    stack: Stack, kept: str
+) -> None:
+    name, store = f"test-{uuid4().hex[:8]}-cnn", Store(DEFAULT_STORE)
+    mlflow.set_tracking_uri(stack.mlflow_url)
+    make_champion(name, replaces=make_champion(name))
+    if kept != "confirmed":
+        for confirmation in store.names(f"models/{name}/carried-out/"):
+            store.remove(confirmation)
+        assert tell_history(model=name, return_state=True).name == "History whole"
+    MlflowClient().set_registered_model_alias(name, "champion", "1")
+    broken = tell_history(model=name, return_state=True)
+    assert broken.name == "History broken"
+    assert broken.message == (
+        "after move 2 the champion should be version 2, but was 1: somebody moved the alias past "
+        "this history"
+    )
+    MlflowClient().set_registered_model_alias(name, "champion", "2")
+    assert tell_history(model=name, return_state=True).name == "History whole"
 
 
 def test_a_rollback_to_a_version_that_does_not_exist_fails_with_a_sentence(awaiting: State) -> None:

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from deployments.due import Ask, read_due, table
-from deployments.stack import Stack, _prefect_api
+from deployments.stack import Stack, prefect_api
 
 SECONDS = 15
 
 
 @pytest.fixture
 def ask(stack: Stack) -> Iterator[Ask]:
-    with _prefect_api(stack) as ask:
+    with prefect_api(stack) as ask:
         yield ask
 
 

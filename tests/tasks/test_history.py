@@ -101,6 +101,20 @@ def test_a_move_that_was_cut_short_shows_as_not_carried_out() -> None:
     assert trace(chain((None, "1"), ("1", "2"), ("1", "3")), "1") == ([True, False, False], [])
 
 
+def test_a_confirmed_move_that_the_alias_does_not_show_was_undone_past_the_history() -> None:
+    confirmed = {MOVES[-1].digest}
+    done, (told,) = trace(MOVES, "2", confirmed)
+    assert done == [True, True, True]
+    assert told.startswith("after move 3 the champion should be version 3, but was 2: somebody")
+    assert trace(MOVES, "3", confirmed)[1] == []
+
+
+def test_a_confirmed_move_that_its_successor_does_not_show_was_undone_past_the_history() -> None:
+    moves = chain((None, "1"), ("1", "2"), ("1", "3"))
+    assert "after move 2" in trace(moves, "3", {moves[1].digest})[1][0]
+    assert trace(moves, "3")[1] == []
+
+
 def test_a_rejection_moves_no_champion() -> None:
     rejection = chain(("1", "2"), action="reject")[0]
     assert trace([MOVES[0], rejection], "1") == ([True, True], [])

@@ -13,8 +13,6 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
 
 from deployments.stack import PROJECT, Stack
-from mnist_cnn.evaluation import Evaluation
-from mnist_cnn.promotion import Decision
 from tasks.exclusion import exclusive
 from tasks.history import Account, History, read_history, trace
 from tasks.records import Candidate, ModelVersion
@@ -22,7 +20,6 @@ from tasks.registry import (
     approve_challenger,
     find_champion,
     find_rollback,
-    register_candidate,
     reject_challenger,
     roll_back_champion,
     set_challenger,
@@ -30,21 +27,14 @@ from tasks.registry import (
 )
 from tasks.storage import DEFAULT_STORE, Store
 from tasks.versions import Refused, RegistryError, read_versions
+from tests.tasks.versions import (
+    make_candidate,
+    make_challenger,
+    make_champion,
+    register,
+)
 
 ADA = Account(who="Ada", why="I looked at the pictures")
-
-
-def make_candidate(name: str, content: str = "weights") -> Candidate:
-    """Return a run with something registrable in it; the registry does not look inside."""
-    mlflow.set_experiment(name)
-    with mlflow.start_run() as run, tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "weights").write_text(content)
-        model = mlflow.initialize_logged_model(name="model")
-        MlflowClient().log_model_artifacts(model.model_id, folder)
-        model = mlflow.finalize_logged_model(model.model_id, "READY")
-    return Candidate(
-        name=name, run_id=run.info.run_id, model=f"models:/{model.model_id}", snapshot="abc"
-    )
 
 
 @pytest.fixture
@@ -56,43 +46,6 @@ def name(stack: Stack) -> str:
 @pytest.fixture
 def candidate(name: str) -> Candidate:
     return make_candidate(name)
-
-
-def decision(candidate: Candidate, verdict: str, champion: ModelVersion | None) -> Decision:
-    return Decision(
-        verdict=verdict,
-        reason="accuracy floor: 0.9000 is below 0.9800",
-        checks=[],
-        candidate=candidate.model,
-        champion=champion.model if champion else None,
-        snapshot=candidate.snapshot,
-        comparisons=[],
-        test_split="def",
-        decisions=1,
-        level=0.025,
-    )
-
-
-def register(
-    candidate: Candidate, verdict: str = "keep", champion: ModelVersion | None = None
-) -> ModelVersion:
-    measured = Evaluation.model_construct(accuracy=0.99, outcomes="s3://b/outcomes.npz")
-    record = f"s3://b/{champion.version if champion else 0}.json"
-    return register_candidate.fn(
-        candidate, measured, decision(candidate, verdict, champion), record
-    )
-
-
-def make_champion(name: str, replaces: ModelVersion | None = None) -> ModelVersion:
-    version = register(make_candidate(name), "promote", replaces)
-    assert set_champion.fn(version, replaces, "it is proved to be better", DEFAULT_STORE)
-    return version
-
-
-def make_challenger(name: str, champion: ModelVersion) -> ModelVersion:
-    version = register(make_candidate(name), "needs-approval", champion)
-    set_challenger.fn(version)
-    return version
 
 
 def aliases(name: str) -> dict[str, str]:
@@ -223,7 +176,7 @@ def test_a_rejected_version_can_neither_be_approved_nor_rolled_back_to(name: str
     with pytest.raises(Refused, match="does not await approval, none does"):
         approve(challenger)
     with pytest.raises(Refused, match=r"never promoted \(it was judged 'needs-approval'"):
-        find_rollback.fn(name, 2)
+        find_rollback(name, 2)
 
 
 def test_an_approval_is_stale_when_another_champion_came(name: str) -> None:
@@ -258,9 +211,9 @@ def test_an_approval_is_refused_when_the_artifacts_changed(name: str) -> None:
 def test_what_is_unknown_is_refused_by_name(name: str) -> None:
     make_champion(name)
     with pytest.raises(Refused, match="has no version 9; its versions are: 1"):
-        find_rollback.fn(name, 9)
+        find_rollback(name, 9)
     with pytest.raises(Refused, match="no model is registered as 'nothing-cnn'"):
-        find_rollback.fn("nothing-cnn", None)
+        find_rollback("nothing-cnn", None)
 
 
 def test_a_half_registered_version_is_refused(name: str) -> None:
@@ -268,21 +221,21 @@ def test_a_half_registered_version_is_refused(name: str) -> None:
     candidate = make_candidate(name)
     mlflow.register_model(candidate.model, name)
     with pytest.raises(Refused, match=r"half registered .* without snapshot, verdict"):
-        find_rollback.fn(name, 2)
+        find_rollback(name, 2)
 
 
 def test_a_rollback_without_a_previous_champion_says_what_to_do(name: str) -> None:
     make_champion(name)
     with pytest.raises(Refused, match="no previous champion to roll back to; name a version"):
-        find_rollback.fn(name, None)
+        find_rollback(name, None)
     with pytest.raises(Refused, match=r"version 1 of .* is the champion already"):
-        find_rollback.fn(name, 1)
+        find_rollback(name, 1)
 
 
 def test_a_rollback_exchanges_champion_and_previous(name: str) -> None:
     first = make_champion(name)
     second = make_champion(name, replaces=first)
-    assert find_rollback.fn(name, None) == (first, second)
+    assert find_rollback(name, None) == (first, second)
     roll_back_champion.fn(first, second, ADA, DEFAULT_STORE)
     assert aliases(name) == {"champion": "1", "previous": "2"}
     assert tell(name)[-1] == ("roll back", "2", "1")
@@ -309,7 +262,7 @@ def test_a_version_whose_artifacts_are_gone_is_named_with_the_way_out(name: str)
     with pytest.raises(
         Refused, match=f"{first.model} .*they are gone: roll back to a version that loads"
     ):
-        find_rollback.fn(name, None)
+        find_rollback(name, None)
 
 
 def test_a_write_that_the_registry_refuses_is_a_sentence(
@@ -339,8 +292,9 @@ def test_the_limit_of_promotions_is_put_back_to_one(name: str) -> None:
     assert (held.limit, held.active, held.active_slots) == (1, True, 1)
 
 
-WRITES = 6
-"""What an approval writes: tag, object, previous, champion, description, challenger's end."""
+WRITES = 7
+"""What an approval writes: tag, object, previous, champion, confirmation, description, challenger.
+"""
 
 CHAMPION_MOVES = 4
 
@@ -389,7 +343,7 @@ def test_an_approval_killed_at_any_write_has_one_champion_and_a_repeat_finishes_
     assert codes == expected, run.stderr
     for number, each in enumerate(names):
         assert aliases(each)["champion"] == ("1" if number < CHAMPION_MOVES else "2")
-    for number, each in enumerate(killed):
+    for number, each in enumerate(names):
         free_what_the_dead_hold(each)
         again = f"run-of-{each}" if same_run else f"second-run-of-{each}"
         monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", again)
