@@ -23,6 +23,8 @@ from tests.faults.proxy import HOST, Kind, Mode, Proxy
 PATIENCE_SECONDS = 120
 """How long tasks wait for a service; an outage of the table lasts some seconds."""
 
+SERVICES = ("S3 server", "MLflow server", "Prefect server", "worker")
+
 
 @dataclass(frozen=True)
 class ProxiedStack(Stack):
@@ -102,6 +104,13 @@ class Bench:
     def restart(self) -> None:
         """Start what is not running any more."""
         start(self.stack, say=_quiet)
+
+    def mend(self) -> list[str]:
+        """Start the services that have ended without being asked to; return their names."""
+        ended = [name for name in SERVICES if not self.service(name)]
+        if ended:
+            self.restart()
+        return ended
 
 
 @contextmanager

@@ -41,7 +41,7 @@ from tasks.shards import read_split
 from tasks.storage import DEFAULT_STORE, StorageUnreachable, Store
 from tasks.turn import TAG
 from tasks.versions import read_model, read_versions
-from tests.faults.bench import Bench
+from tests.faults.bench import SERVICES, Bench
 from tests.faults.plan import (
     GOOD_PARTS,
     Arrival,
@@ -417,7 +417,7 @@ def _retain(life: Life) -> Sizes:
 def _sizes(bench: Bench) -> Sizes:
     root = bench.stack.root
     memory = {}
-    for name in ("S3 server", "MLflow server", "Prefect server", "worker"):
+    for name in SERVICES:
         memory[name] = 0
         for process in bench.service(name):
             try:

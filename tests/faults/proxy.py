@@ -7,7 +7,6 @@ the connections that are open, as a load balancer does when its target changes.
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from typing import Literal
 
 Mode = Literal["pass", "away", "hanging", "slow", "refusing", "busy", "nonsense", "truncated"]
@@ -18,6 +17,7 @@ SLOW_SECONDS = 0.4
 """Delay of every piece of an answer that a slow service sends."""
 
 _PIECE = 1 << 16
+_LINGER_SECONDS = 5.0
 _TRUNCATED_BYTES = 300
 _LOGIN_PAGE = (
     b"<!doctype html><html><body><h1>Sign in</h1><form action=/login></form></body></html>"
@@ -145,8 +145,7 @@ class Proxy:
         ]
         try:
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
-            with suppress(asyncio.TimeoutError):  # what is on its way may still arrive
-                await asyncio.wait_for(asyncio.gather(*pumps), timeout=5)
+            await asyncio.wait(pumps, timeout=_LINGER_SECONDS)  # what is on its way may arrive
         finally:
             for pump in pumps:
                 pump.cancel()
