@@ -22,7 +22,7 @@ from deployments.watch import (
     watch,
 )
 from tasks.records import RunSummary
-from tasks.storage import DEFAULT_STORE, Store
+from tasks.storage import Store, default_store
 
 
 def main() -> int:
@@ -53,7 +53,7 @@ def _show(prefect: SyncPrefectClient, run: FlowRun) -> None:
             print(f"  {title(stage):<20} {stage.total_run_time.total_seconds():6.1f} s")
     print(f"  {'the whole run':<20} {run.total_run_time.total_seconds():6.1f} s\n")
     try:
-        content = Store(DEFAULT_STORE).get(f"runs/{run.id}/summary.json")
+        content = Store(default_store()).get(f"runs/{run.id}/summary.json")
     except FileNotFoundError:
         print("The run ended before it could report; its log says why:", url_for(run))
         return

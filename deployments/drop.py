@@ -14,7 +14,7 @@ from deployments.watch import speaking_to_prefect
 from tasks.batch_files import MARKER, BadBatch, check_names
 from tasks.ledger import incoming_folder
 from tasks.snapshot import Dataset
-from tasks.storage import DEFAULT_STORE, Store
+from tasks.storage import Store, default_store
 
 
 def main() -> int:
@@ -43,7 +43,7 @@ def drop(dataset: str, batch: str, files: dict[str, bytes]) -> str:
     """Upload a batch, the marker last, and return its address; BadBatch if it cannot be one."""
     check_names({f"{batch}.parquet": 1})  # a batch is named as plainly as its files
     check_names({name: len(content) for name, content in files.items()})
-    store, folder = Store(DEFAULT_STORE), incoming_folder(dataset, batch)
+    store, folder = Store(default_store()), incoming_folder(dataset, batch)
     if store.names(folder):
         raise BadBatch(f"{store.address_of(folder)} holds files already: choose another name")
     for name, content in [*files.items(), (MARKER, b"")]:

@@ -52,7 +52,7 @@ class Due:
         if not self.active:
             return "switched off"
         if self.when is None:
-            return "no run made" if self.missing() else "in more than three months"
+            return "no run made" if self.missing() else "not within three months"
         zone = self.rule.get("timezone") or "UTC"
         local = self.when.astimezone(ZoneInfo(zone))
         return f"{local:%A %d %B %Y, %H:%M} {zone}, {_distance(self.when)}"
@@ -150,7 +150,10 @@ def _within_horizon(rule: dict[str, Any]) -> bool:
 
     schedule = DeploymentSchedule.model_validate({"schedule": rule}).schedule
     now = datetime.now(UTC)
-    return bool(asyncio.run(schedule.get_dates(n=1, start=now, end=now + HORIZON)))
+    try:
+        return bool(asyncio.run(schedule.get_dates(n=1, start=now, end=now + HORIZON)))
+    except ValueError:  # a date that never comes, such as the 31st of February
+        return False
 
 
 def _distance(when: datetime) -> str:

@@ -25,7 +25,7 @@ import os
 import re
 import sys
 from datetime import UTC, datetime
-from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 from uuid import uuid4
 
 from prefect.blocks.abstract import NotificationBlock
@@ -37,7 +37,14 @@ from deployments.stack import StackError
 from deployments.watch import speaking_to_prefect
 from tasks.alarms import keep_rules
 from tasks.messages import Message
-from tasks.notifications import NAME, Recipient, describe_kinds, find_recipients, known_to_server
+from tasks.notifications import (
+    NAME,
+    Recipient,
+    apprise_query,
+    describe_kinds,
+    find_recipients,
+    known_to_server,
+)
 from tasks.notifications import send as send_to
 
 _EXPECTED = {
@@ -46,6 +53,10 @@ _EXPECTED = {
     "discordapp.com": "https://discordapp.com/api/webhooks/ID/TOKEN",
 }
 """Shapes of the addresses of hosts that take no other."""
+
+
+_PATIENCE = 12
+"""Seconds that Apprise waits for a webhook's answer; by itself it gives a slow one only 4."""
 
 
 class BadAddress(ValueError):
@@ -192,10 +203,10 @@ def _service(address: str) -> str | None:
 def _json_address(parts: SplitResult) -> str:
     """Return Apprise's form of a webhook: it posts JSON with these names and the same query."""
     query = [(f"-{name}", value) for name, value in parse_qsl(parts.query, keep_blank_values=True)]
-    query += [(":title", "subject"), (":message", "body")]
+    query += [(":title", "subject"), (":message", "body"), ("rto", str(_PATIENCE))]
     scheme = "jsons" if parts.scheme == "https" else "json"
     path = parts.path or "/"
-    return f"{scheme}://{parts.netloc}{path}?{urlencode(query, safe=':')}"
+    return f"{scheme}://{parts.netloc}{path}?{apprise_query(query)}"
 
 
 if __name__ == "__main__":

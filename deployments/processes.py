@@ -81,9 +81,14 @@ def end(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
     _, stubborn = psutil.wait_procs(processes, timeout=GRACE)
     _send(stubborn, signal.SIGKILL)
     psutil.wait_procs(stubborn)
-    for process in _launched:
-        process.poll()  # lets Popen know of the end, or it warns when this program ends
+    reap()
     return stubborn
+
+
+def reap() -> None:
+    """Let Popen know what has ended: it stays a zombie, and a warning, until then."""
+    for process in _launched:
+        process.poll()
 
 
 def port_holder(host: str, port: int) -> str | None:

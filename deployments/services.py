@@ -1,4 +1,4 @@
-"""What the local stack is made of: three servers, a worker, and the variables that lead there."""
+"""What the local stack is made of: three servers, a worker, their keeper, and the variables."""
 
 import json
 import os
@@ -14,6 +14,8 @@ from datetime import datetime
 from pathlib import Path
 
 import httpx
+
+from tasks.storage import STORE_VARIABLE
 
 PROJECT = Path(__file__).resolve().parents[1]
 HOST = "127.0.0.1"
@@ -116,6 +118,7 @@ def environment(stack: Stack) -> dict[str, str]:
         "AWS_ACCESS_KEY_ID": access_key,
         "AWS_SECRET_ACCESS_KEY": secret_key,
         "AWS_DEFAULT_REGION": "us-east-1",
+        STORE_VARIABLE: f"s3://{BUCKET}",
         "NO_PROXY": no_proxy,
         "no_proxy": no_proxy,
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -197,6 +200,19 @@ def worker(stack: Stack) -> Service:
         log=stack.log("worker"),
         is_ready=lambda since: _worker_is_online(stack, since),
         settings={"PREFECT_WORKER_QUERY_SECONDS": "2"},
+    )
+
+
+def keeper(stack: Stack) -> Service:
+    """Describe the program that starts the others again when they die."""
+    ports = {port_variable(name): str(port) for name, port in vars(stack.ports).items()}
+    return Service(
+        name="keeper",
+        address="the services above",
+        command=[sys.executable, "-m", "deployments.keep"],
+        log=stack.log("keeper"),
+        is_ready=lambda _: True,
+        settings=ports | {"STACK_ROOT": str(stack.root), "PYTHONUNBUFFERED": "1"},
     )
 
 

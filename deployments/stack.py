@@ -1,4 +1,7 @@
-"""Start, stop and show the local stack: Prefect, MLflow, S3 and a worker, on the loopback only."""
+"""Start, stop and show the local stack: Prefect, MLflow, S3, a worker, and what keeps them alive.
+
+All of them listen on the loopback only.
+"""
 
 import argparse
 import signal
@@ -29,6 +32,7 @@ from deployments.services import (
     StackError,
     environment,
     inherited_environment,
+    keeper,
     mlflow_server,
     port_variable,
     prefect_server,
@@ -65,13 +69,14 @@ def start(
 def stop(stack: Stack, *, say: Say = print) -> None:
     """Stop every process of the stack; its data stays.
 
-    Flow runs go first, while they can still report that they crash; a run that is just killed
-    stays Running and keeps its deployment's slot. Then their worker, then the servers.
+    The keeper goes first: it would start the others again. Then flow runs, while they can still
+    report that they crash, then their worker, then the servers.
     """
     if not processes.find(stack.root):
         say("nothing is running")
         return
     with processes.one_at_a_time(stack.root, say):
+        _end_all(lambda: _named(stack, "keeper"), say)
         _end_all(lambda: _flow_runs(stack), say)
         _end_all(lambda: _named(stack, "worker"), say)
         _end_all(lambda: processes.find(stack.root), say)
@@ -83,8 +88,8 @@ def status(stack: Stack, *, say: Say = print) -> bool:
     Returns whether all services answer. Raises Unscheduled.
     """
     answers = {}
-    for service in _services(stack):
-        process = _running(stack, service)
+    for service in all_services(stack):
+        process = running(stack, service)
         ready = process is not None and service.is_ready(process.create_time())
         answers[service.name] = ready
         word = "ready" if ready else "does not answer" if process else "not running"
@@ -134,13 +139,7 @@ class _Start:
 
     def launch(self, service: Service) -> None:
         self.say(f"{service.name} is starting")
-        self.launched[service] = processes.launch(
-            service.name,
-            service.command,
-            owner=self.stack.root,
-            variables=inherited_environment(self.stack) | service.settings,
-            log=service.log,
-        )
+        self.launched[service] = launch(self.stack, service)
 
     def wait_for(self, *services: Service) -> None:
         """Return when all answer; raise if a launched process ends, or patience does."""
@@ -168,9 +167,9 @@ class _Start:
 
 
 def _start(stack: Stack, prefect_yaml: Path | None, say: Say, *, reset: bool) -> None:
-    services = _services(stack)
+    services = all_services(stack)
     _end_leftovers(stack, say)
-    missing = [service for service in services if _running(stack, service) is None]
+    missing = [service for service in services if running(stack, service) is None]
     there = [service.name for service in services if service not in missing]
     if there:
         say(f"already running: {', '.join(there)}")
@@ -179,7 +178,7 @@ def _start(stack: Stack, prefect_yaml: Path | None, say: Say, *, reset: bool) ->
     (stack.root / "logs").mkdir(exist_ok=True)
 
     attempt = _Start(stack, say)
-    *servers, prefect, its_worker = services
+    *servers, prefect, its_worker, its_keeper = services
     for service in (*servers, prefect):
         if service in missing:
             attempt.launch(service)
@@ -193,15 +192,32 @@ def _start(stack: Stack, prefect_yaml: Path | None, say: Say, *, reset: bool) ->
             say(f"deploying {prefect_yaml}")
             deploy(ask, stack, prefect_yaml, reset=reset, say=say)
     attempt.wait_for(*servers, its_worker)
+    if its_keeper in missing:
+        attempt.launch(its_keeper)
+        attempt.wait_for(its_keeper)
     if prefect_yaml is not None:
         _say_due(stack, say)
 
 
-def _services(stack: Stack) -> list[Service]:
-    return [s3_server(stack), mlflow_server(stack), prefect_server(stack), worker(stack)]
+def all_services(stack: Stack) -> list[Service]:
+    """Describe every program of the stack, in the order in which they start."""
+    servers = [s3_server(stack), mlflow_server(stack), prefect_server(stack)]
+    return [*servers, worker(stack), keeper(stack)]
 
 
-def _running(stack: Stack, service: Service) -> psutil.Process | None:
+def launch(stack: Stack, service: Service) -> subprocess.Popen[bytes]:
+    """Start a service; the log of an earlier one is kept as .previous.log."""
+    return processes.launch(
+        service.name,
+        service.command,
+        owner=stack.root,
+        variables=inherited_environment(stack) | service.settings,
+        log=service.log,
+    )
+
+
+def running(stack: Stack, service: Service) -> psutil.Process | None:
+    """Return a service's main process; None if it has none."""
     found = processes.find(stack.root)
     return next((p for p in found if processes.runs(p, service.command)), None)
 
@@ -224,10 +240,14 @@ def _end_all(find: Callable[[], dict[psutil.Process, str]], say: Say) -> None:
 
 
 def _end_leftovers(stack: Stack, say: Say) -> None:
-    """End what a service that died has left over; it may hold that service's port."""
-    leftovers = processes.find(stack.root)
-    for service in _services(stack):
-        main_process = _running(stack, service)
+    """End what a server that died has left over: it may hold that server's port.
+
+    Flow runs whose worker died go on.
+    """
+    flow_runs = _flow_runs(stack)
+    leftovers = {p: name for p, name in processes.find(stack.root).items() if p not in flow_runs}
+    for service in all_services(stack):
+        main_process = running(stack, service)
         for process in processes.family(main_process) if main_process else []:
             leftovers.pop(process, None)
     processes.end(leftovers)

@@ -23,7 +23,7 @@ from tasks.ledger import read_ledger
 from tasks.records import RunSummary
 from tasks.registry import find_champion
 from tasks.snapshot import BASE_ARCHIVES, MirrorUnreachable, fetch_mnist
-from tasks.storage import DEFAULT_STORE, Store
+from tasks.storage import Store, default_store
 
 SEED = 1
 ENDS = ["Promoted", "Promoted", "Skipped", "Skipped", "Rolled back"]
@@ -140,7 +140,7 @@ def begin(dataset: str, parts: Parts) -> None:
         for array in (split.images, split.labels.astype(np.uint8))
     ]
     for name, content in zip(BASE_ARCHIVES, contents, strict=True):
-        Store(DEFAULT_STORE).put(f"datasets/{dataset}/base/{name}", content)
+        Store(default_store()).put(f"datasets/{dataset}/base/{name}", content)
 
 
 def tell(
@@ -165,9 +165,9 @@ def tell(
         run = watch(prefect, trigger(prefect, "train/weekly", params))
         summary = _conclude(f"week {number}", run, links)
         rows.append(_row(f"{number}", arrived, run, dataset, summary))
-    for verdict in read_ledger(Store(DEFAULT_STORE), dataset):
+    for verdict in read_ledger(Store(default_store()), dataset):
         if not verdict.accepted and verdict.report:
-            place = Store(DEFAULT_STORE)
+            place = Store(default_store())
             links[f"refused: {verdict.batch}"] = place.link(place.name_of(verdict.report))
     print("\n== A rollback ==")
     words = [f"model={dataset}-cnn", "reason=the tour shows a rollback", "who=the tour"]
@@ -191,7 +191,7 @@ def _conclude(name: str, run: FlowRun, links: dict[str, str]) -> RunSummary | No
     say_verdict(run)
     links[f"{name}: run"] = url_for(run) or ""
     try:
-        content = Store(DEFAULT_STORE).get(f"runs/{run.id}/summary.json")
+        content = Store(default_store()).get(f"runs/{run.id}/summary.json")
     except FileNotFoundError:  # a rollback writes none, nor does a run that failed early
         return None
     summary = RunSummary.model_validate_json(content)

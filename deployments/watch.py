@@ -5,8 +5,10 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -34,10 +36,14 @@ def told_plainly(work: Callable[[], int]) -> int:
 def speaking_to_prefect(*, local: bool = False) -> Iterator[SyncPrefectClient]:
     """Speak to the server that `PREFECT_API_URL` names, else, or if `local`, to the local stack.
 
-    Raises StackError if it does not answer.
+    The local stack comes whole: its MLflow and its S3 are used as well, also where the variable
+    names it. Elsewhere the caller's own variables hold. Raises StackError if it does not answer.
     """
-    if local or "PREFECT_API_URL" not in os.environ:
-        os.environ |= environment(Stack.configured())
+    stack = Stack.configured()
+    if local or is_local(os.environ.get("PREFECT_API_URL"), stack):
+        os.environ |= environment(stack)
+    elif missing := missing_services(os.environ):
+        print(f"{os.environ['PREFECT_API_URL']} is not the local stack's. {missing}")
     url = os.environ["PREFECT_API_URL"]  # which Prefect has read already if it was imported before
     with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as prefect:
         if fault := prefect.api_healthcheck():
@@ -46,6 +52,28 @@ def speaking_to_prefect(*, local: bool = False) -> Iterator[SyncPrefectClient]:
                 "start the local one with `make up`, or correct PREFECT_API_URL"
             )
         yield prefect
+
+
+def is_local(prefect_url: str | None, stack: Stack) -> bool:
+    """Tell whether a PREFECT_API_URL means the local stack; so does one that is not set."""
+    local = urlsplit(stack.prefect_url)
+    meant = urlsplit(prefect_url or stack.prefect_url)
+    return meant.port == local.port and meant.hostname in {local.hostname, "localhost"}
+
+
+def missing_services(variables: Mapping[str, str]) -> str | None:
+    """Return a sentence on what is needed besides another Prefect server, and is not named."""
+    named = {name.split("_")[0] for name in variables}
+    missing = []
+    if "MLFLOW_TRACKING_URI" not in variables:
+        missing.append("MLFLOW_TRACKING_URI")
+    if "AWS" not in named and not Path("~/.aws").expanduser().exists():
+        missing.append("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile")
+    return (
+        f"Set {' and '.join(missing)} as well, of the services that belong to it."
+        if missing
+        else None
+    )
 
 
 def trigger(prefect: SyncPrefectClient, deployment: str, params: list[str]) -> FlowRun:

@@ -8,13 +8,14 @@ from prefect.states import Completed, Failed
 from pydantic import Field, StringConstraints
 
 from tasks.attempt import TimeLimit, in_time
-from tasks.ingest import find_arrivals, ingest_batch, report_ingest
+from tasks.ingest import find_arrivals, find_intake, ingest_batch, keep_intake, report_ingest
 from tasks.outcome import once
 from tasks.preflight import check_services
 from tasks.records import RejectedSnapshot, ValidatedSnapshot, Verdict
 from tasks.registry import find_champion
 from tasks.snapshot import Dataset, accept_base, compare_snapshots, take_snapshot
 from tasks.storage import DEFAULT_STORE
+from tasks.sweep import find_waiting_datasets, start_ingests
 from tasks.turn import in_turn
 from tasks.validate import validate_snapshot
 
@@ -73,13 +74,33 @@ def compare(
     return Completed(name="Compared", message=compare_snapshots(dataset, before, after, store))
 
 
+@flow(name="ingest", flow_run_name="all data sets")
+@in_time
+def sweep(store: str = DEFAULT_STORE, time_limit_minutes: TimeLimit = 60) -> State[object]:
+    """Start ingest/on-arrival for every data set that has something in `incoming/`.
+
+    Args:
+        store: Where data and records are kept.
+        time_limit_minutes: A run that takes longer is ended, as Timed out.
+
+    """
+    started, faults = start_ingests(find_waiting_datasets(store), store)
+    told = f"started for {', '.join(started)}" if started else "nothing has arrived"
+    if faults:
+        return Failed(name="Not started", message="; ".join([*faults, told]))
+    return Completed(name="Swept", message=told)
+
+
 def take_in(
     dataset: str, store: str, quiet_minutes: float
 ) -> tuple[ValidatedSnapshot | RejectedSnapshot, list[Verdict], str]:
     """Return the snapshot after everything that has arrived was judged, and what was said of it.
 
-    The part that `ingest` and `train` share.
+    The part that `ingest` and `train` share. A flow run that is resumed after it goes on with the
+    same; what has arrived since is for another run.
     """
+    if intake := find_intake(store):
+        return intake.validated, intake.verdicts, intake.told
     snapshot = take_snapshot(dataset, store)
     validated = validate_snapshot(snapshot)
     if isinstance(validated, RejectedSnapshot):
@@ -88,8 +109,10 @@ def take_in(
     arrivals = find_arrivals(snapshot, quiet_minutes)
     champion = find_champion(snapshot.model_name) if arrivals.complete else None
     judged = [ingest_batch(snapshot, batch, champion) for batch in arrivals.complete]
-    verdicts = [verdict for verdict in judged if verdict]
+    verdicts = [*arrivals.judged, *(verdict for verdict in judged if verdict)]
     told = report_ingest(verdicts, arrivals, store)
     if any(verdict.accepted for verdict in verdicts):
         validated = validate_snapshot(take_snapshot(snapshot.dataset, store))
+    if isinstance(validated, ValidatedSnapshot):
+        keep_intake(validated, verdicts, told, store)
     return validated, verdicts, told

@@ -20,7 +20,7 @@ from tasks.preflight import check_services
 from tasks.records import RejectedSnapshot
 from tasks.registry import (
     find_champion,
-    find_previous,
+    find_opponents,
     link_version,
     register_candidate,
     set_challenger,
@@ -90,12 +90,8 @@ def train(
         return Completed(name=summary.verdict, message=summary.reason)
     candidate = train_model(validated, training, device, processes)
     for _ in range(_COMPARISONS):
-        champion = find_champion(candidate.name)
-        known = {
-            "candidate": candidate,
-            "champion": champion,
-            "previous": find_previous(candidate.name),
-        }
+        champion, previous = find_opponents(candidate, store)
+        known = {"candidate": candidate, "champion": champion, "previous": previous}
         models = {role: version.model for role, version in known.items() if version}
         measured = evaluate_models(models, snapshot)
         ours = measured["candidate"]

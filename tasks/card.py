@@ -37,6 +37,7 @@ from tasks.records import SPLITS, Candidate, ModelVersion, ValidatedSnapshot
 from tasks.shards import read_profile
 from tasks.step import step
 from tasks.storage import Store
+from tasks.versions import asking
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -132,6 +133,7 @@ def write_data_card(data: DataFacts) -> str:
 
 
 @step
+@asking("the cards in the MLflow run")
 def publish_cards(
     validated: ValidatedSnapshot,
     candidate: Candidate,

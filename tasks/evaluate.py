@@ -17,6 +17,7 @@ from tasks.records import ModelVersion, Snapshot
 from tasks.shards import read_snapshot, read_split
 from tasks.step import step
 from tasks.storage import Store
+from tasks.versions import asking
 
 if TYPE_CHECKING:
     from torch import nn
@@ -92,6 +93,7 @@ def evaluate_networks(
 
 
 @step
+@asking("the version to try")
 def try_version(version: ModelVersion, store: str) -> float:
     """Load a version and let it classify the test images of its own snapshot; return its accuracy.
 

@@ -83,6 +83,9 @@ def find_repeat(champion: ModelVersion | None, ours: Fingerprint) -> str | None:
         return None
     with asking(f"the versions of {champion.name}"):
         versions = {str(version.version): version for version in read_versions(champion.name)}
+    run = str(runtime.flow_run.id)
+    if any(version.tags.get("prefect.flow_run_id") == run for version in versions.values()):
+        return None  # an earlier attempt of this run came so far that it has a version to judge
     today = f"today's champion, version {champion.version}"
     undone = {
         move.from_version
@@ -91,7 +94,7 @@ def find_repeat(champion: ModelVersion | None, ours: Fingerprint) -> str | None:
     }
     for number in sorted(versions, key=int, reverse=True):
         tags = versions[number].tags
-        if TAG not in tags or tags["prefect.flow_run_id"] == str(runtime.flow_run.id):
+        if TAG not in tags:
             continue
         theirs = Fingerprint.model_validate_json(tags[TAG])
         same = f"version {number} was made of the same snapshot, code, parameters and environment"

@@ -24,6 +24,7 @@ from tasks.records import ModelVersion, RejectedSnapshot, Snapshot, ValidatedSna
 from tasks.shards import read_split, write_snapshot
 from tasks.step import step
 from tasks.storage import Store
+from tasks.versions import asking
 
 _NOISE = "Gaussian noise=0.08"
 
@@ -86,6 +87,7 @@ def check_decisions(
 
 
 @step
+@asking("the champion to damage")
 def check_loading(champion: ModelVersion) -> GateResult:
     """Cut the champion's file in half, in a copy, and load that."""
     import mlflow.artifacts  # noqa: PLC0415 - 2 s to import

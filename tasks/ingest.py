@@ -3,7 +3,7 @@
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
-from prefect import get_run_logger
+from prefect import get_run_logger, runtime
 from prefect.artifacts import create_table_artifact
 from pydantic import BaseModel
 
@@ -13,6 +13,7 @@ from expectations.report_page import render_report
 from expectations.validation import ValidationReport, validate_batch
 from mnist_cnn.digits import SIDE, Digits
 from tasks.batch_files import MARKER, BadBatch, RawBatch, check_names, parse_batch
+from tasks.events import emit_verdict
 from tasks.exclusion import exclusive
 from tasks.ledger import (
     digest_files,
@@ -27,7 +28,8 @@ from tasks.ledger import (
     write_verdict,
 )
 from tasks.models import load_model
-from tasks.records import ModelVersion, Snapshot, Verdict
+from tasks.outcome import read_record, write_record
+from tasks.records import Intake, ModelVersion, Snapshot, ValidatedSnapshot, Verdict
 from tasks.shards import extend_snapshot, read_digests, read_profile, write_shards
 from tasks.step import step
 from tasks.storage import Entry, Store
@@ -38,12 +40,17 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+_INTAKE = "intake"
+
+
 class Arrivals(BaseModel, frozen=True):
     """What lies under `incoming/`, by the names of the batches."""
 
     complete: list[str]
     waiting: list[str]
     """They have no marker and were written to a short time ago."""
+    judged: list[Verdict] = []
+    """What an earlier attempt of this flow run has judged."""
 
 
 @step
@@ -55,9 +62,7 @@ def find_arrivals(snapshot: Snapshot, quiet_minutes: float) -> Arrivals:
     """
     store, dataset = Store(snapshot.store), snapshot.dataset
     with exclusive(dataset, "ingest"):
-        for verdict in unsettled(store, read_ledger(store, dataset)):
-            get_run_logger().warning("batch %r was judged before; moving it", verdict.batch)
-            settle(store, verdict)
+        ledger = _settled_ledger(store, dataset)
     folder, now = incoming_folder(dataset), datetime.now(UTC)
     batches: dict[str, list[Entry]] = {}
     for entry in _objects(store, folder):
@@ -69,7 +74,8 @@ def find_arrivals(snapshot: Snapshot, quiet_minutes: float) -> Arrivals:
         newest = max(entry.modified for entry in entries)
         settled = now - newest >= timedelta(minutes=quiet_minutes)
         (complete if marked or settled else waiting).append(name)
-    return Arrivals(complete=complete, waiting=waiting)
+    judged = [verdict for verdict in ledger if verdict.run == runtime.flow_run.id]
+    return Arrivals(complete=complete, waiting=waiting, judged=judged)
 
 
 @step
@@ -77,20 +83,23 @@ def ingest_batch(snapshot: Snapshot, batch: str, champion: ModelVersion | None) 
     """Judge one batch and move it; None if another ingest was faster.
 
     Shards, report and reason are written first, then the verdict, which is what counts, then the
-    files are moved. A repeat after a crash anywhere finds what was done and goes on.
+    files are moved. A repeat after a crash anywhere finds what was done, goes on, and returns the
+    same verdict.
     """
     logger, store, dataset = get_run_logger(), Store(snapshot.store), snapshot.dataset
     with exclusive(dataset, "ingest"):
-        ledger = read_ledger(store, dataset)
+        ledger = _settled_ledger(store, dataset)
         folder = incoming_folder(dataset, batch)
         entries = _objects(store, folder)
         if not batch:  # what lies beside the folders
             entries = [entry for entry in entries if "/" not in entry.name.removeprefix(folder)]
         if not entries:
-            return None
+            ours = [v for v in ledger if (v.batch, v.run) == (batch, runtime.flow_run.id)]
+            return ours[-1] if ours else None
         present = present_snapshot(store, read_base(store, dataset) or snapshot, ledger)
         verdict, table = _judge(store, present, ledger, batch, entries, champion)
         write_verdict(store, verdict)
+        emit_verdict(verdict, store.address)
         if verdict.accepted:
             extend_snapshot(store, present, verdict.shards, verdict.arrived, table)
         settle(store, verdict)
@@ -129,6 +138,34 @@ def report_ingest(verdicts: list[Verdict], arrivals: Arrivals, store: str) -> st
     return "; ".join(parts)
 
 
+@step
+def find_intake(store: str) -> Intake | None:
+    """Return what an earlier attempt of this flow run took in; None if it came not so far."""
+    intake = read_record(Store(store), _INTAKE, Intake)
+    if intake:
+        get_run_logger().info("goes on with the data that an earlier attempt of this run took in")
+    return intake
+
+
+@step
+def keep_intake(
+    validated: ValidatedSnapshot, verdicts: list[Verdict], told: str, store: str
+) -> None:
+    """Fix what this flow run took in."""
+    intake = Intake(validated=validated, verdicts=verdicts, told=told)
+    write_record(Store(store), _INTAKE, intake)
+
+
+def _settled_ledger(store: Store, dataset: str) -> list[Verdict]:
+    """Return the ledger, after moving the batches that were judged and not moved to the end."""
+    ledger = read_ledger(store, dataset)
+    for verdict in unsettled(store, ledger):
+        get_run_logger().warning("batch %r was judged before; moving it", verdict.batch)
+        settle(store, verdict)
+        emit_verdict(verdict, store.address)  # which may be what the death prevented
+    return ledger
+
+
 def _judge(
     store: Store,
     present: Snapshot,
@@ -152,6 +189,7 @@ def _judge(
         arrived=max(entry.modified for entry in entries),
         files=files,
         images=None,
+        run=str(runtime.flow_run.id),
     )
     try:
         _demand_folder(batch)

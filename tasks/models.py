@@ -5,6 +5,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tasks.versions import RegistryError, RegistryUnreachable, asking
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -16,7 +18,8 @@ class ModelUnusable(RuntimeError):
 def load_model(address: str) -> "tuple[nn.Module, int]":
     """Load a model from MLflow with unpickling forbidden; return it and the bytes of its file.
 
-    The module maps uint8 (N, 28, 28) to float32 logits (N, 10).
+    The module maps uint8 (N, 28, 28) to float32 logits (N, 10). Raises ModelUnusable for a model
+    that is gone or damaged, RegistryUnreachable if MLflow does not hand it out now.
     """
     import mlflow.artifacts  # noqa: PLC0415 - 2 s to import
     import mlflow.pytorch  # noqa: PLC0415
@@ -25,9 +28,12 @@ def load_model(address: str) -> "tuple[nn.Module, int]":
     os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
     with tempfile.TemporaryDirectory() as folder:
         try:
-            path = mlflow.artifacts.download_artifacts(address, dst_path=folder)
+            with asking(f"the files of {address}"):
+                path = mlflow.artifacts.download_artifacts(address, dst_path=folder)
             network: nn.Module = mlflow.pytorch.load_model(path)
-        except (MlflowException, OSError, RuntimeError) as error:
+        except RegistryUnreachable:
+            raise
+        except (RegistryError, MlflowException, OSError, RuntimeError) as error:
             raise ModelUnusable(
                 f"{address} does not load ({error}); its artifact is gone or damaged: roll back to "
                 "a version that loads, or retrain"

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 from uuid import UUID
 
 import httpx
@@ -33,12 +33,12 @@ from prefect.client.orchestration import get_client
 from pydantic import BaseModel, SecretStr
 
 from tasks.alarms import keep_rules
-from tasks.history import read_history, trace
 from tasks.messages import Message, Situation, compose
+from tasks.registry import verify_history
 from tasks.situation import look
 from tasks.step import step
 from tasks.storage import Store
-from tasks.versions import CHAMPION, Refused, asking, read_model, read_versions
+from tasks.versions import Refused
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -159,12 +159,19 @@ def _with_facts(block: NotificationBlock, message: Message) -> NotificationBlock
     url = getattr(block, "url", None)
     address = url.get_secret_value() if isinstance(url, SecretStr) else ""
     if address.startswith(("json://", "jsons://")):
-        extra = urlencode({f":{name}": value for name, value in message.facts.items()}, safe=":")
+        extra = apprise_query((f":{name}", value) for name, value in message.facts.items())
         joint = "&" if "?" in address else "?"
         block = type(block)(url=SecretStr(f"{address}{joint}{extra}"))
     if isinstance(block, AbstractAppriseNotificationBlock):
         block.notify_type = message.severity
     return block
+
+
+def apprise_query(pairs: Iterable[tuple[str, str]]) -> str:
+    """Return a query that Apprise's JSON plugin reads as it was meant; it decodes values twice."""
+    return urlencode(
+        [(name, value.replace("%", "%25")) for name, value in pairs], safe=":", quote_via=quote
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -177,7 +184,7 @@ def _reason(error: Exception) -> str:
         return "no connection could be made"
     if isinstance(error, NotificationError):
         status = re.search(r"error=(\d{3})\b", str(error.log))
-        refused = "it refused the message, or no connection could be made"
+        refused = "it refused, did not answer in time, or could not be reached"
         return f"it answered {status[1]}" if status else refused
     return f"it failed with {type(error).__name__}"
 
@@ -296,14 +303,11 @@ def find_broken_histories(store: Store) -> dict[str, str]:
     """Return what is wrong with the history of each model that has one in the store."""
     broken = dict[str, str]()
     for model in sorted({name.split("/")[1] for name in store.names("models/")}):
-        with asking(f"the history of {model}"):
-            try:
-                champion = read_model(model).aliases.get(CHAMPION)
-            except Refused as refusal:
-                broken[model] = f"it has a history, but {refusal}"
-                continue
-            history = read_history(store, model, read_versions(model), restore=False)
-        if problems := [*history.problems, *trace(history.moves, champion)[1]]:
+        try:
+            _, _, problems = verify_history(model, store)
+        except Refused as refusal:
+            problems = [f"it has a history, but {refusal}"]
+        if problems:
             broken[model] = "; ".join(problems)
     return broken
 

@@ -90,6 +90,8 @@ class Verdict(BaseModel, frozen=True):
     """Images of an accepted batch that were left out because they are in the data set already."""
     report: str | None = None
     """Address of the validation report; None if it could not be read."""
+    run: str = ""
+    """The Prefect flow run that judged it; empty in entries from before this was kept."""
 
 
 class ValidatedSnapshot(BaseModel, frozen=True):
@@ -111,6 +113,16 @@ class RejectedSnapshot(BaseModel, frozen=True):
     report: str
     failures: list[str]
     """One sentence for each: expectation, observed value and bound."""
+
+
+class Intake(BaseModel, frozen=True):
+    """What a flow run took in, fixed for it: a resume works on the same data."""
+
+    format: Literal[1] = 1
+    validated: ValidatedSnapshot
+    verdicts: list[Verdict]
+    told: str
+    """What was said of the batches."""
 
 
 class Candidate(BaseModel, frozen=True):

@@ -21,12 +21,14 @@ from prefect.artifacts import create_table_artifact
 from pydantic import BaseModel
 
 from mnist_cnn.promotion import Decision
+from tasks.events import emit_move
 from tasks.exclusion import exclusive
 from tasks.fingerprint import TAG as FINGERPRINT
 from tasks.fingerprint import Fingerprint
 from tasks.history import (
     Account,
     Action,
+    History,
     Move,
     confirm,
     own_move,
@@ -84,10 +86,26 @@ def find_champion(name: str) -> ModelVersion | None:
 
 
 @step
-def find_previous(name: str) -> ModelVersion | None:
-    """Return the champion before the present one, which the card shows beside it."""
-    with asking(f"the previous champion of {name}"):
-        return find_version(name, PREVIOUS)
+def find_opponents(
+    candidate: Candidate, store: str
+) -> tuple[ModelVersion | None, ModelVersion | None]:
+    """Return the champion to compare a candidate with, and the one before, shown in the card.
+
+    They are today's, unless an earlier attempt of this run registered the candidate and it was
+    promoted or judged since: then they are those that it was compared with.
+    """
+    name = candidate.name
+    with asking(f"the champions of {name}"):
+        versions = read_versions(name)
+        registered = [v for v in versions if v.run_id == candidate.run_id]
+        moves = _carried_out(name, versions, Store(store)) if registered else []
+        targets = [move.to_version for move in moves]
+        if registered and str(registered[0].version) in targets:
+            before = moves[: targets.index(str(registered[0].version))]
+            known = {version.model: version for version in map(describe, versions)}
+            champion = known.get(registered[0].tags["compared_with"])
+            return champion, _champion_before(champion, before, known)
+        return find_version(name, CHAMPION), find_version(name, PREVIOUS)
 
 
 @step
@@ -112,7 +130,6 @@ def register_candidate(
         "snapshot": candidate.snapshot,
         "verdict": decision.verdict,
         "reason": decision.reason,
-        "decision_record": decision_record,
         "compared_with": decision.champion or "no champion",
         "accuracy": str(measured.accuracy),
         "outcomes": measured.outcomes,
@@ -124,9 +141,12 @@ def register_candidate(
     }
     if made_of:
         tags[FINGERPRINT] = made_of.model_dump_json()
+    tags["decision_record"] = decision_record  # last: a repeat takes it for all of them
+    sentence = f"{decision.verdict}: {decision.reason}"
     with asking(f"the versions of {candidate.name}"):
         known = [v for v in read_versions(candidate.name) if v.run_id == candidate.run_id]
         if known and known[0].tags.get("decision_record") == decision_record:
+            _append(candidate.name, known[0].version, sentence)
             return describe(known[0])
         if known:
             for key, value in tags.items():
@@ -134,7 +154,6 @@ def register_candidate(
             version = known[0]
         else:
             version = mlflow.register_model(candidate.model, candidate.name, tags=tags)
-        sentence = f"{decision.verdict}: {decision.reason}"
         client.update_model_version(candidate.name, version.version, sentence)
         return describe(version, candidate.snapshot)
 
@@ -169,10 +188,16 @@ def set_champion(
 
 @step
 def set_challenger(version: ModelVersion) -> None:
-    """Point the alias `challenger` at a version that waits for a person's approval."""
+    """Point the alias `challenger` at a version that waits for a person's approval.
+
+    One that was judged already, before this run was resumed, waits no more.
+    """
     from mlflow import MlflowClient  # noqa: PLC0415
 
     with asking(f"the aliases of {version.name}"), exclusive(version.name):
+        moves = moves_of(read_version(version.name, int(version.version)))
+        if any(move.action in {"approve", "reject"} for move in moves):
+            return
         MlflowClient().set_registered_model_alias(version.name, CHALLENGER, version.version)
 
 
@@ -286,20 +311,9 @@ def roll_back_champion(
 
 @step
 def show_history(name: str, store: str) -> tuple[int, list[str]]:
-    """Publish a table of all moves; return their number and what is wrong with the history.
-
-    Objects that are lost are restored from the registry's tags, and a last move that is seen to be
-    carried out is confirmed.
-    """
+    """Publish a table of all moves; return their number and what is wrong with the history."""
     logger = get_run_logger()
-    with asking(f"the history of {name}"), exclusive(name):  # no move is seen half done
-        champion = read_model(name).aliases.get(CHAMPION)
-        history = read_history(Store(store), name, read_versions(name), restore=True)
-        moved = [move for move in history.moves if move.action != "reject"]
-        for move in moved[-1:]:
-            if move.to_version == champion and move.digest not in history.confirmed:
-                confirm(move, Store(store))
-    done, unexplained = trace(history.moves, champion, history.confirmed)
+    history, done, problems = verify_history(name, Store(store))
     rows = [
         {
             "#": str(move.sequence),
@@ -319,7 +333,24 @@ def show_history(name: str, store: str) -> tuple[int, list[str]]:
     for move in history.lost:
         logger.warning("move %d was restored from the registry's tag", move.sequence)
     create_table_artifact(rows, key=f"history-{name}", description=f"Champions of {name}")
-    return len(rows), [*history.problems, *unexplained]
+    return len(rows), problems
+
+
+def verify_history(name: str, store: Store) -> tuple[History, list[bool], list[str]]:
+    """Read the history of a model; return it, whether each move was carried out, and what is wrong.
+
+    Objects that are lost are restored from the registry's tags, and a last move that is seen to be
+    carried out is confirmed. Raises Refused if there is no such model.
+    """
+    with asking(f"the history of {name}"), exclusive(name):  # no move is seen half done
+        champion = read_model(name).aliases.get(CHAMPION)
+        history = read_history(store, name, read_versions(name), restore=True)
+        moved = [move for move in history.moves if move.action != "reject"]
+        for move in moved[-1:]:
+            if move.to_version == champion and move.digest not in history.confirmed:
+                confirm(move, store)
+    done, unexplained = trace(history.moves, champion, history.confirmed)
+    return history, done, [*history.problems, *unexplained]
 
 
 def _move_champion(
@@ -351,10 +382,11 @@ def _move_champion(
             )
         client.set_registered_model_alias(name, CHAMPION, version.version)
         confirm(move, store)
-    for move in moves_of(
-        target if present == version else read_version(name, int(version.version))
-    ):
+        target = read_version(name, int(version.version))
+    for move in moves_of(target):
         _settle(move)
+        if move.run == str(runtime.flow_run.id):
+            emit_move(move, target.tags["artifact_sha256"], target.tags["snapshot"], store.address)
 
 
 def _did(action: Action, version: "RegisteredVersion", store: Store) -> bool:
@@ -367,15 +399,30 @@ def _did(action: Action, version: "RegisteredVersion", store: Store) -> bool:
         return False
     if action == "reject":
         _record(own, store)
+    elif own not in _carried_out(own.model, read_versions(own.model), store):
+        return False
     else:
-        champion = read_model(own.model).aliases.get(CHAMPION)
-        history = read_history(store, own.model, read_versions(own.model), restore=False)
-        done, _ = trace(history.moves, champion, history.confirmed)
-        if (own, True) not in zip(history.moves, done, strict=True):
-            return False
         confirm(own, store)
     _settle(own)
     return True
+
+
+def _carried_out(name: str, versions: "list[RegisteredVersion]", store: Store) -> list[Move]:
+    """Return the moves of a model that were carried out, in order."""
+    champion = read_model(name).aliases.get(CHAMPION)
+    history = read_history(store, name, versions, restore=False)
+    done, _ = trace(history.moves, champion, history.confirmed)
+    return [move for move, carried_out in zip(history.moves, done, strict=True) if carried_out]
+
+
+def _champion_before(
+    champion: ModelVersion | None, moves: list[Move], known: Mapping[str, ModelVersion]
+) -> ModelVersion | None:
+    """Return what a champion replaced when it last became that, of the versions that are known."""
+    for move in reversed(moves):
+        if champion and move.action != "reject" and move.to_version == champion.version:
+            return known.get(f"models:/{move.model}/{move.from_version}")
+    return None
 
 
 def _begun_rollback(name: str) -> Rollback | None:
@@ -418,7 +465,7 @@ def _append(name: str, number: str, text: str) -> None:
 
     description = MlflowClient().get_model_version(name, number).description or ""
     if text not in description:
-        MlflowClient().update_model_version(name, number, f"{description}\n\n{text}")
+        MlflowClient().update_model_version(name, number, f"{description}\n\n{text}".strip())
 
 
 def _git_commit() -> str:

@@ -25,6 +25,7 @@ from tasks.records import (
 )
 from tasks.step import step
 from tasks.storage import LINK_LIFE, Store
+from tasks.versions import asking
 
 _STATE_NAMES: dict[Verdict, str] = {
     "promote": "Promoted",
@@ -73,6 +74,7 @@ def report_skip(
 
 
 @step
+@asking("the records in the MLflow run")
 def report_decision(
     validated: ValidatedSnapshot,
     candidate: Candidate,

@@ -21,6 +21,7 @@ from tasks.exclusion import exclusive
 from tasks.history import Move
 from tasks.step import step
 from tasks.storage import Store
+from tasks.versions import asking
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion as RegisteredVersion
@@ -108,12 +109,14 @@ def choose_removals(
 
 
 @step
+@asking("the versions that may be removed")
 def plan_removals(policy: RetentionPolicy, store: str) -> list[Removal]:
     """Look at store, runs and registry, and return what the policy no longer wants."""
     return choose_removals(_ended(Store(store)), _versions(), policy, datetime.now(UTC))
 
 
 @step
+@asking("the artifacts to remove")
 def remove(removals: list[Removal], store: str) -> list[Removal]:
     """Remove what was planned, unless it is needed by now; return what was removed."""
     place, logger, removed = Store(store), get_run_logger(), list[Removal]()

@@ -7,6 +7,7 @@
 Endpoint and credentials come from boto3's own variables (`AWS_*`, `AWS_ENDPOINT_URL_S3`).
 """
 
+import os
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +19,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-DEFAULT_STORE = "s3://mnist-retraining"
-"""Where data and records are kept if a run names no other place."""
+STORE_VARIABLE = "RETRAINING_STORE"
+"""The variable that names the bucket: s3://BUCKET or s3://BUCKET/PREFIX."""
+
+
+def default_store() -> str:
+    """Return where data and records are kept if nobody names another place."""
+    return os.environ.get(STORE_VARIABLE) or "s3://mnist-retraining"
+
+
+DEFAULT_STORE = default_store()
+"""The flows' default: of the process that deploys them, whose form shows it, or that runs them."""
 
 LINK_LIFE = timedelta(days=7)
 """How long a link works: the longest that signature version 4 allows."""
@@ -175,6 +185,19 @@ class Store:
                 for each in page.get("Contents", [])
             ]
         return sorted(found, key=lambda entry: entry.name)
+
+    def folders(self, prefix: str) -> list[str]:
+        """Return the names of the folders right under `prefix`, which ends with a slash."""
+        with self._speaking():
+            pages = self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self.bucket, Prefix=self._key(prefix), Delimiter="/"
+            )
+            cut = len(self._key(prefix))
+            return [
+                found["Prefix"][cut:].rstrip("/")
+                for page in pages
+                for found in page.get("CommonPrefixes", [])
+            ]
 
     def link(self, name: str) -> str:
         """Return an address that any browser can open for as long as `LINK_LIFE`."""

@@ -6,7 +6,7 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
@@ -37,6 +37,7 @@ from tasks.records import Candidate, ValidatedSnapshot
 from tasks.shards import read_split
 from tasks.step import step
 from tasks.storage import Store
+from tasks.versions import asking
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -44,12 +45,15 @@ if TYPE_CHECKING:
     from mnist_cnn.model import DigitCNN
 
 FLOW_RUN_TAG = "prefect.flow_run_id"
+SUPERSEDED = "superseded"
+"""The tag of an MLflow run that its flow run went on without, and why."""
 
 _KEPT_CHECKPOINTS = 3
 _SECONDS_BETWEEN_LOG_LINES = 10.0
 
 
 @step
+@asking("the MLflow run of this training")
 def train_model(
     validated: ValidatedSnapshot,
     config: TrainingConfig,
@@ -59,7 +63,8 @@ def train_model(
     """Train on the snapshot's training split and store the model without pickle.
 
     Checkpoints go to S3. A repeat within the same flow run, after a crash or a stop, goes on from
-    the newest of them, in the same MLflow run. SIGTERM writes a last one first.
+    the newest of them, in the same MLflow run. SIGTERM writes a last one first. If the data or the
+    parameters are others by then, as after an upgrade, another MLflow run supersedes the first.
     """
     import mlflow  # noqa: PLC0415 - 2 s to import
 
@@ -68,7 +73,11 @@ def train_model(
     snapshot = validated.snapshot
     digits = read_split(snapshot, "train")
     mlflow.set_experiment(snapshot.model_name)
+    params = {k: str(v) for k, v in (config.model_dump() | config.recipe().model_dump()).items()}
     earlier = _earlier_run(snapshot.model_name)
+    if earlier and (changed := _changes(earlier, params, snapshot.digest)):
+        _supersede(earlier, changed)
+        earlier = None
     if earlier and (done := _logged_model(earlier)):
         return Candidate(
             name=snapshot.model_name,
@@ -90,7 +99,7 @@ def train_model(
                 "validation": validated.report,
             }
         )
-        mlflow.log_params(config.model_dump() | config.recipe().model_dump())
+        mlflow.log_params(params)
 
         def on_epoch(metrics: EpochMetrics) -> None:
             logger.info("epoch %d: loss %.4f", metrics.epoch, metrics.loss)
@@ -182,11 +191,9 @@ class _Shown:
 
     def __init__(self) -> None:
         self._logger = get_run_logger()
-        artifact = create_progress_artifact(0.0, key="training", description="Training has begun.")
-        assert isinstance(artifact, UUID)
-        self._artifact = artifact
+        self._artifact: UUID | None = None
         self._sender = ThreadPoolExecutor(1, "progress")
-        self._sending: Future[object] | None = None
+        self._sending = self._send(0.0, "Training has begun.")
         self._logged = time.monotonic()
 
     def progress(self, now: Progress) -> None:
@@ -198,7 +205,7 @@ class _Shown:
         if time.monotonic() - self._logged > _SECONDS_BETWEEN_LOG_LINES:
             self._logged = time.monotonic()
             self._logger.info(sentence)
-        if self._sending is None or self._sending.done():
+        if self._sending.done():
             percent = 100 * now.step / now.steps
             self._sending = self._send(percent, sentence)
 
@@ -208,12 +215,20 @@ class _Shown:
         last = self._send(100.0, sentence)
         self._sender.shutdown(wait=True)
         for sent in (self._sending, last):
-            if sent and (error := sent.exception()):
+            if error := sent.exception():
                 self._logger.warning("the progress artifact was not brought up to date: %s", error)
 
     def _send(self, percent: float, sentence: str) -> Future[object]:
         run = copy_context().run  # the thread has no Prefect settings of its own
-        return self._sender.submit(run, update_progress_artifact, self._artifact, percent, sentence)
+        return self._sender.submit(run, self._show, percent, sentence)
+
+    def _show(self, percent: float, sentence: str) -> None:
+        if self._artifact:
+            update_progress_artifact(self._artifact, percent, sentence)
+            return
+        artifact = create_progress_artifact(percent, key="training", description=sentence)
+        assert isinstance(artifact, UUID)
+        self._artifact = artifact
 
 
 @contextmanager
@@ -304,7 +319,7 @@ def _figures(metrics: EpochMetrics) -> dict[str, float]:
 
 
 def _earlier_run(experiment: str) -> "Run | None":
-    """Return the MLflow run that an earlier attempt of this flow run began."""
+    """Return the MLflow run that an earlier attempt of this flow run began, the last of them."""
     import mlflow  # noqa: PLC0415
 
     runs: list[Run] = mlflow.search_runs(
@@ -312,7 +327,34 @@ def _earlier_run(experiment: str) -> "Run | None":
         filter_string=f"tags.`{FLOW_RUN_TAG}` = '{runtime.flow_run.id}'",
         output_format="list",
     )
-    return runs[0] if runs else None
+    return next((run for run in runs if SUPERSEDED not in run.data.tags), None)
+
+
+def _changes(earlier: "Run", params: Mapping[str, str], snapshot: str) -> list[str]:
+    """Name what is not as in an earlier attempt: the data, or parameters that MLflow would refuse.
+
+    A model that is finished is what it is; only its data have to be the same.
+    """
+    known = earlier.data.params
+    others = sorted(name for name in {*params, *known} if params.get(name) != known.get(name))
+    if not known or _logged_model(earlier):
+        others = []
+    same_data = earlier.data.tags.get("snapshot", snapshot) == snapshot
+    return others if same_data else ["snapshot", *others]
+
+
+def _supersede(run: "Run", changed: list[str]) -> None:
+    """End an MLflow run that cannot be gone on with, and say why."""
+    from mlflow import MlflowClient  # noqa: PLC0415
+
+    why = (
+        f"another MLflow run of the flow run {runtime.flow_run.id} takes its place: when that was "
+        f"resumed, it had another {', '.join(changed)} than before"
+    )
+    get_run_logger().warning("the MLflow run %s ends: %s", run.info.run_id, why)
+    if run.info.status != "FINISHED":
+        MlflowClient().set_terminated(run.info.run_id, "KILLED")
+    MlflowClient().set_tag(run.info.run_id, SUPERSEDED, why)
 
 
 def _logged_steps(run: "Run | None") -> set[int]:

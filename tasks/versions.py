@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,8 +23,23 @@ CHALLENGER = "challenger"
 _NEEDED_TAGS = ("snapshot", "verdict", "compared_with", "artifact_sha256", "accuracy")
 
 
-class RegistryError(ConnectionError):
+_AWAY = {
+    "INTERNAL_ERROR",  # also what MLflow's client calls a connection that failed
+    "TEMPORARILY_UNAVAILABLE",
+    "REQUEST_LIMIT_EXCEEDED",
+    "RESOURCE_EXHAUSTED",
+    "DEADLINE_EXCEEDED",
+    "CANCELLED",
+}
+"""Codes of MLflow's errors that another try may not meet."""
+
+
+class RegistryError(RuntimeError):
     """The registry did not answer a question that a decision depends on, or refused a write."""
+
+
+class RegistryUnreachable(RegistryError, ConnectionError):
+    """The MLflow server does not answer, or is too busy; worth another try."""
 
 
 class Refused(ValueError):
@@ -32,16 +48,41 @@ class Refused(ValueError):
 
 @contextmanager
 def asking(what: str) -> Iterator[None]:
-    """Turn what MLflow raises meanwhile into a RegistryError that says `what` was not to be had."""
+    """Turn what MLflow raises meanwhile into a RegistryError that says `what` was not to be had.
+
+    It is a RegistryUnreachable if the server is away or busy. Works as a decorator, too.
+    """
     from mlflow.exceptions import MlflowException  # noqa: PLC0415 - 2 s to import
+    from requests import RequestException  # noqa: PLC0415 - MLflow lets pass what downloads raise
+    from urllib3.exceptions import HTTPError  # noqa: PLC0415
 
     try:
         yield
-    except MlflowException as error:
+    except (MlflowException, RequestException, HTTPError) as error:
+        sentence = (
+            f"{what} could not be read or written at {os.environ['MLFLOW_TRACKING_URI']} ({error})"
+        )
+        if _is_away(error):
+            raise RegistryUnreachable(
+                f"{sentence}; nothing is promoted: repair the MLflow server and run again"
+            ) from error
         raise RegistryError(
-            f"{what} could not be read or written at {os.environ['MLFLOW_TRACKING_URI']} "
-            f"({error}); nothing is promoted: repair the MLflow server and run again"
+            f"{sentence}; nothing is promoted: correct what MLflow refuses and run again"
         ) from error
+
+
+def _is_away(error: Exception) -> bool:
+    """Tell whether MLflow was away or busy, from what its client, or requests below it, raised."""
+    code = getattr(error, "error_code", None)
+    if code:
+        return code in _AWAY
+    answer = getattr(error, "response", None)
+    busy = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS}
+    return (
+        answer is None
+        or answer.status_code in busy
+        or answer.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR
+    )
 
 
 def find_version(name: str, alias: str) -> ModelVersion | None:
@@ -144,14 +185,16 @@ def demand_same_artifacts(version: "RegisteredVersion") -> None:
 def digest_artifacts(address: str) -> str:
     """Return the SHA-256 over the names and contents of all files of a model in MLflow."""
     import mlflow.artifacts  # noqa: PLC0415
-    from mlflow.exceptions import MlflowException  # noqa: PLC0415
 
     total, cause = hashlib.sha256(), "no file is there"
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         try:
-            root = Path(mlflow.artifacts.download_artifacts(address, dst_path=folder))
-        except (MlflowException, OSError) as error:
+            with asking(f"the artifacts of {address}"):
+                root = Path(mlflow.artifacts.download_artifacts(address, dst_path=folder))
+        except RegistryUnreachable:
+            raise
+        except (RegistryError, OSError) as error:
             cause = str(error)
         # MLflow adds registered_model_meta to what it downloads.
         files = [path for path in root.rglob("*") if path.is_file()]

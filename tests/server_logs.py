@@ -21,7 +21,7 @@ def errors(stack: Stack) -> list[str]:
     """Return each entry with an error or a traceback that is not allowed, under its log's name."""
     return [
         f"{log.name}: {entry}"
-        for service in ("s3", "mlflow", "prefect", "worker")
+        for service in ("s3", "mlflow", "prefect", "worker", "keeper")
         for log in (stack.log(service), stack.log(f"{service}.previous"))
         if log.exists()
         for entry in _entries(log)

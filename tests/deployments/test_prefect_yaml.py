@@ -85,8 +85,7 @@ def test_training_begins_when_a_run_of_on_arrival_accepted_something_and_not_oth
 
 
 def test_producers_that_say_nothing_are_served_by_a_schedule() -> None:
-    on_arrival = only("flows.ingest.ingest/on-arrival")
-    assert on_arrival["schedules"][0]["active"]
+    assert only("flows.ingest.sweep/nightly")["schedules"][0]["active"]
 
 
 @pytest.mark.parametrize("trigger", [t for d in DEPLOYMENTS for t in d.get("triggers", [])])

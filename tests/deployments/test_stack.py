@@ -122,6 +122,14 @@ def napping(stack: Stack, note: Path) -> tuple[str, psutil.Process]:
     return run, psutil.Process(json.loads(note.read_text())["pid"])
 
 
+def answers(address: str) -> bool:
+    try:
+        httpx.get(address, trust_env=False)
+    except httpx.TransportError:
+        return False
+    return True
+
+
 def command_line(stack: Stack, command: str) -> subprocess.Popen[str]:
     ports = {f"STACK_{k.upper()}_PORT": str(v) for k, v in vars(stack.ports).items()}
     return subprocess.Popen(
@@ -173,7 +181,7 @@ def test_s3_refuses_a_stranger(up: Stack) -> None:
 def test_a_second_up_finds_everything_there(up: Stack, said: list[str]) -> None:
     before, automations = processes.find(up.root), api(up, "/automations/filter", {})
     start(up, say=said.append)
-    assert said == ["already running: S3 server, MLflow server, Prefect server, worker"]
+    assert said == ["already running: S3 server, MLflow server, Prefect server, worker, keeper"]
     assert processes.find(up.root) == before
     assert api(up, "/automations/filter", {}) == automations
     assert [automation["name"] for automation in automations] == ["crash-silent-runs"]
@@ -183,7 +191,8 @@ def test_a_half_started_stack_is_completed(up: Stack, said: list[str]) -> None:
     """MLflow's child survives its parent and holds the port: a pid file would not know it."""
     mlflow, uvicorn = named(up, "MLflow server")
     (rclone,) = named(up, "S3 server")
-    for process in (mlflow, rclone):
+    (keeper,) = named(up, "keeper")  # which would complete it by itself
+    for process in (keeper, mlflow, rclone):
         process.kill()
         process.wait(10)
     assert uvicorn.is_running()
@@ -191,6 +200,31 @@ def test_a_half_started_stack_is_completed(up: Stack, said: list[str]) -> None:
     assert f"stopped pid {uvicorn.pid}, which an earlier MLflow server has left over" in said
     assert "already running: Prefect server, worker" in said
     assert httpx.get(f"{up.mlflow_url}/health", trust_env=False).status_code == 200
+
+
+def test_a_killed_worker_is_back_within_15_seconds_and_its_run_goes_on(
+    up: Stack, tmp_path: Path
+) -> None:
+    _, process = napping(up, tmp_path / "note")
+    (worker,) = (p for p in named(up, "worker") if "worker" in p.cmdline())
+    worker.kill()
+    worker.wait(10)
+    until(lambda: [p for p in named(up, "worker") if "worker" in p.cmdline()], bool, seconds=15)
+    assert process.is_running()
+    assert "worker had ended and is started again" in up.log("keeper").read_text()
+    assert "started!" in up.log("worker.previous").read_text()
+    process.kill()
+
+
+def test_killed_servers_are_back_by_themselves(up: Stack) -> None:
+    (before,) = named(up, "S3 server")
+    before.kill()
+    until(lambda: [p for p in named(up, "S3 server") if p != before], bool, seconds=15)
+    until(lambda: answers(up.s3_url), bool)
+    mlflow, _orphan = named(up, "MLflow server")
+    mlflow.kill()
+    until(lambda: [p for p in named(up, "MLflow server") if p.ppid() == mlflow.ppid()], bool)
+    until(lambda: answers(up.mlflow_url), bool, seconds=180)
 
 
 def test_a_killed_run_crashes_and_the_next_one_goes(up: Stack, tmp_path: Path) -> None:
@@ -315,7 +349,7 @@ def test_status_of_a_stack_that_is_down(unused: Stack) -> None:
     status = command_line(unused, "status")
     output, _ = status.communicate(timeout=60)
     assert status.returncode == 3
-    assert output.count("not running") == 4
+    assert output.count("not running") == 5
 
 
 def test_a_port_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

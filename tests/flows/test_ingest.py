@@ -14,19 +14,20 @@ from mnist_cnn.digits import Digits, embedded_sample, write_idx
 from tasks.ledger import present_snapshot, read_base, read_ledger
 from tasks.records import Snapshot
 from tasks.storage import Store
+from tests.flows.runs import create_run, execute, retry
 
 PLACE = "s3://mnist-retraining/tests/ingest-flow"
 SAMPLE = embedded_sample()[0]
 
 
-def drop(batch: str, digits: Digits) -> None:
+def drop(batch: str, digits: Digits, place: str = PLACE) -> None:
     folder = f"datasets/digits/incoming/{batch}/"
     for name, content in {
         "x-images-idx3-ubyte.gz": gzip.compress(write_idx(digits.images)),
         "x-labels-idx1-ubyte.gz": gzip.compress(write_idx(digits.labels.astype(np.uint8))),
         "_SUCCESS": b"",
     }.items():
-        Store(PLACE).put(folder + name, content)
+        Store(place).put(folder + name, content)
 
 
 def present() -> Snapshot:
@@ -90,3 +91,22 @@ def test_bad_data_at_the_beginning_is_no_beginning(
     assert state.is_failed()
     assert state.name == "Data rejected"
     assert read_base(Store(place), "digits") is None
+
+
+@pytest.mark.parametrize("last", ["report_ingest", "Completed"])
+def test_a_run_that_dies_after_it_accepted_a_batch_ends_as_if_it_had_not(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    place = f"{PLACE}-dies-before-{last}"
+    drop("first", Digits(np.roll(SAMPLE.images[:400], 1, axis=2), SAMPLE.labels[:400]), place)
+    run = create_run(ingest, dataset="digits", store=place)
+    with monkeypatch.context() as fault:
+        fault.setattr(f"flows.ingest.{last}", lambda *_, **__: 1 / 0)
+        assert execute(ingest, run).is_failed()
+    second = Digits(np.roll(SAMPLE.images[400:800], 1, axis=2), SAMPLE.labels[400:800])
+    if last == "Completed":  # this run took in what it did; what came since is for another
+        drop("second", second, place)
+    state = retry(ingest, run)
+    assert (state.name, state.message) == ("Batches accepted", "1 accepted")
+    (verdict,) = read_ledger(Store(place), "digits")
+    assert (verdict.batch, verdict.accepted, verdict.run) == ("first", True, str(run))

@@ -1,0 +1,182 @@
+"""An address becomes a block if a test message arrives there; it is shown nowhere."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prefect.client.orchestration import get_client
+from pydantic import SecretStr
+
+from deployments.notify import BadAddress, block_for, mask
+from deployments.stack import PROJECT, Stack
+from tests.inbox import TOKEN, Inbox, open_inbox
+
+BIN = Path(sys.executable).parent
+SLACK = f"https://hooks.slack.com/services/T1JJ3T3L2/A1BRTD4JD/{'a' * 24}"
+TEAMS = (
+    "https://prod-12.westeurope.logic.azure.com:443/workflows/0123456789abcdef/triggers/manual/"
+    "paths/invoke?api-version=2016-06-01&sp=%2Ftriggers%2Fmanual%2Frun&sv=1.0&sig=SIGNATURE"
+)
+
+
+@pytest.mark.parametrize(
+    ("address", "kind", "block"),
+    [
+        (SLACK, "slack", "SlackWebhook"),
+        (SLACK.replace("slack.com", "slack-gov.com"), "slack", "SlackWebhook"),
+        (TEAMS, "teams", "MicrosoftTeamsWebhook"),
+        ("https://discord.com/api/webhooks/417421/JHMHI8qBe7bk2ZwO", "discord", "DiscordWebhook"),
+        ("https://chat.googleapis.com/v1/spaces/A/messages?key=K&token=T", "googlechat", None),
+        ("https://mattermost.example/hooks/3ccdd113474722377935511fc8", "mattermost", None),
+        ("mailto://ada:word@example.org?to=team@example.org", "email", None),
+        ("mailtos://ada:word@example.org", "email", None),
+        ("https://example.org/hook/abc", "webhook", None),
+        ("http://ada:word@10.0.0.7:8080/", "webhook", None),
+        ("tgram://123456789:abcdefg_hijklmnop/12315544/", "tgram", None),
+        ("json://example.org/hook", "json", None),
+    ],
+)
+def test_the_address_chooses_the_block(address: str, kind: str, block: str | None) -> None:
+    found, made = block_for(address)
+    assert (found, type(made).__name__) == (kind, block or "SlackWebhook")
+    if not block or block == "SlackWebhook":
+        assert made._apprise_client is not None
+        assert len(made._apprise_client) == 1  # Apprise took it
+
+
+def test_the_parts_of_a_discord_address_reach_its_block() -> None:
+    _, block = block_for("https://discord.com/api/webhooks/417421/JHMHI8qBe7bk2ZwO?wait=true")
+    assert block.webhook_id == SecretStr("417421")
+    assert block.webhook_token == SecretStr("JHMHI8qBe7bk2ZwO")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        TOKEN,
+        f"https://hooks.slack.com/{TOKEN}",
+        f"https://discord.com/api/{TOKEN}",
+        f"https://example.org:port/{TOKEN}",
+        f"https://[::1/{TOKEN}",
+        f"https://exam ple.org/{TOKEN}",
+        f"https://example.org/{TOKEN}\x00",
+        f"https:///{TOKEN}",
+        f"foo://{TOKEN}/{TOKEN}",
+        f"mailto://?{TOKEN}",
+        f"ftp://example.org/{TOKEN}",
+    ],
+)
+def test_a_malformed_address_is_a_sentence_that_does_not_quote_it(address: str) -> None:
+    with pytest.raises(BadAddress, match="expected") as refusal:
+        block_for(address)
+    assert TOKEN not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        (f"https://ada:{TOKEN}@example.org/{TOKEN}", "https://example.org/…"),
+        (f"mailtos://ada:{TOKEN}@example.org", "mailtos://example.org/…"),
+        (f"tgram://{TOKEN}/{TOKEN}", "tgram://…"),
+        (TOKEN, "this"),
+        (f"{TOKEN}://example.org", "this"),
+    ],
+)
+def test_an_address_is_shown_without_what_is_secret(address: str, shown: str) -> None:
+    assert mask(address) == shown
+
+
+@pytest.fixture
+def inbox() -> Iterator[Inbox]:
+    with open_inbox() as inbox:
+        yield inbox
+
+
+@pytest.fixture
+def cleared(stack: Stack) -> Iterator[None]:
+    """Remove blocks and rules afterwards, or every later run of the session sends messages."""
+    yield
+    with get_client(sync_client=True) as prefect:
+        for document in prefect.read_block_documents(include_secrets=False):
+            if (document.name or "").startswith("retraining"):
+                prefect.delete_block_document(document.id)
+        for rule in prefect.read_automations():
+            if rule.name.startswith(("no-worker-", "watch-fails")):
+                prefect.delete_automation(rule.id)
+
+
+def notify(address: str = "") -> subprocess.CompletedProcess[str]:
+    given = [f"URL={address}"] if address else []
+    return subprocess.run(
+        # As a person types it, but with this interpreter, and without renewing its environment.
+        ["make", "--silent", "-o.venv/installed", f"BIN={BIN}", "notify", *given],
+        cwd=PROJECT,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_an_address_that_takes_the_test_message_is_saved_and_listed(
+    inbox: Inbox, cleared: None
+) -> None:
+    done = notify(inbox.address("take"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "arrived" in done.stdout
+    assert inbox.subjects() == ["Test of mnist-retraining"]
+    assert inbox.received[0]["kind"] == "test"
+    assert inbox.paths == [f"/take/{TOKEN}?key={TOKEN}&x=a+b"]  # as the address says
+    again = notify(inbox.address("take"))
+    assert again.returncode == 0
+    listed = notify().stdout
+    assert listed.count("\n") == 1  # the same address is the same block
+    assert listed.split() == ["slack-webhook/" + done.stdout.split()[4], "JSON"]
+    with get_client(sync_client=True) as prefect:
+        pool = os.environ["PREFECT_DEFAULT_WORK_POOL_NAME"]
+        rules = {rule.name: rule for rule in prefect.read_automations()}
+    assert {f"no-worker-{pool}", "watch-fails"} <= rules.keys()
+    assert TOKEN not in done.stdout + listed + str(rules)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [("refuse", "it answered 500"), ("hang", "did not answer within 10 s")],
+)
+def test_an_address_that_does_not_take_the_test_message_is_not_saved(
+    inbox: Inbox, cleared: None, answer: str, reason: str
+) -> None:
+    begin = time.monotonic()
+    done = notify(inbox.address(answer))
+    assert done.returncode != 0
+    assert reason in done.stderr
+    assert "Traceback" not in done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+    assert "Nobody is told" in notify().stdout
+    assert time.monotonic() - begin < 60
+
+
+def test_an_address_where_nobody_listens_is_a_sentence(inbox: Inbox, cleared: None) -> None:
+    inbox.server_close()
+    done = notify(inbox.address("take"))
+    assert "did not arrive at http://127.0.0.1/…" in done.stderr
+    assert "could not be reached" in done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+
+
+def test_a_server_that_does_not_answer_is_a_sentence() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "deployments.notify"],
+        cwd=PROJECT,
+        env=os.environ | {"PREFECT_API_URL": "http://127.0.0.1:9/api", "URL": SLACK},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "the Prefect server does not answer" in done.stderr
+    assert "aaaa" not in done.stdout + done.stderr

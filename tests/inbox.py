@@ -1,0 +1,60 @@
+"""A real HTTP server that receives messages: it takes, refuses, or hangs, as its path says."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+TOKEN = "xoxb-4242-VeryS3cretT0ken"  # noqa: S105 - it is planted, to be looked for everywhere
+
+
+class Inbox(ThreadingHTTPServer):
+    """Messages as they arrive at `/take/TOKEN`; `/refuse/…` answers 500, `/hang/…` never."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.received: list[dict[str, Any]] = []
+        self.paths: list[str] = []
+
+    def address(self, answer: str) -> str:
+        return f"http://127.0.0.1:{self.server_port}/{answer}/{TOKEN}?key={TOKEN}&x=a%20b"
+
+    def subjects(self) -> list[str]:
+        return [message["subject"] for message in self.received]
+
+    def wait_for(self, messages: int, seconds: float) -> list[str]:
+        deadline = time.monotonic() + seconds
+        while len(self.received) < messages:
+            assert time.monotonic() < deadline, f"received only {self.subjects()}"
+            time.sleep(0.2)
+        return self.subjects()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Inbox
+
+    def do_POST(self) -> None:
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.paths.append(self.path)
+        if self.path.startswith("/hang/"):
+            time.sleep(60)
+        if self.path.startswith("/take/"):
+            self.server.received.append(json.loads(content))
+        self.send_response(200 if self.path.startswith("/take/") else 500)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing: a path is a secret."""
+
+
+@contextmanager
+def open_inbox() -> Iterator[Inbox]:
+    with Inbox() as inbox:
+        threading.Thread(target=inbox.serve_forever, daemon=True).start()
+        yield inbox
+        inbox.shutdown()
