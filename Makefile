@@ -3,7 +3,11 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/installed
 
+<<<<<<< HEAD
+.PHONY: demo run tour drop schedule notify test up down status approve reject rollback history check faults year lock clean
+=======
 .PHONY: demo run tour drop schedule notify test up down status approve reject rollback history check lock clean
+>>>>>>> main
 
 demo: $(STAMP) ## set everything up, retrain once through the real stack, show what happened
 	$(BIN)/python -m deployments.demo --start --param dataset=auto
@@ -21,7 +25,10 @@ drop: $(STAMP) ## a batch arrives: make drop FILES="images-idx3-ubyte labels-idx
 schedule: $(STAMP) ## a data set's own week: make schedule DATASET=name [CRON="0 3 * * 1"] [ZONE=Europe/Berlin] [REMOVE=1]
 	$(BIN)/python -m deployments.schedule $(if $(DATASET),--dataset "$(DATASET)") \
 		$(if $(CRON),--cron "$(CRON)") $(if $(ZONE),--zone "$(ZONE)") $(if $(REMOVE),--remove)
+<<<<<<< HEAD
+=======
 
+>>>>>>> main
 # The address goes by the environment and as it was typed: it is a secret, and make would expand a $.
 notify: override export URL := $(value URL)
 notify: $(STAMP) ## who is told: make notify URL=… adds an address, without URL it lists them
@@ -58,6 +65,13 @@ check: $(STAMP) ## lint, format, types, import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# make faults [ARGS="--part 8 --seed 3 --jobs 2"], make year [ARGS="--weeks 4 --seed 3"]. With one thread, as the tests.
+faults: $(STAMP) ## the table of faults: every fault at every stage, on stacks of its own
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.table $(ARGS)
+
+year: $(STAMP) ## 52 weeks in minutes, with planted faults: promises kept or broken, and year.png
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.year $(ARGS)
 
 lock: $(STAMP) ## renew constraints.txt; what `make test` refuses, such as a server's log with an error, is no renewal
 	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --all-extras \
