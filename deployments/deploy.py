@@ -80,11 +80,11 @@ def set_automations(
     """Make the automations of deployments/automations.yaml, or bring them up to date."""
     file = yaml.safe_load((PROJECT / "deployments" / "automations.yaml").read_text())
     record = Record.read(stack)
-    wanted = {automation["name"]: automation for automation in file["automations"]}
+    wanted = {each["name"]: _normal(each) for each in file["automations"]}
     found = {each["name"]: each for each in ask("POST", "/automations/filter", {})}
     # The server adds fields of its own.
     known = {**record.automations, **wanted}
-    present = {name: project(found[name], known[name]) for name in known if name in found}
+    present = {name: project(_normal(found[name]), known[name]) for name in known if name in found}
     changes = merge(wanted, record.automations, present, reset=reset)
     for name, automation in changes.write.items():
         if name in found:
@@ -302,7 +302,7 @@ def _automation_content(found: Named) -> Named:
     """Return what a person can edit of an automation; its ids change whenever it is made anew."""
     names = ("name", "description", "enabled", "tags", "trigger")
     steps = ("actions", "actions_on_trigger", "actions_on_resolve")
-    content = {name: found[name] for name in (*names, *steps)}
+    content: Named = _normal({name: found[name] for name in (*names, *steps)})
     return content | {"trigger": _without_ids(content["trigger"])}
 
 
@@ -310,6 +310,15 @@ def _without_ids(trigger: Any) -> Any:
     if isinstance(trigger, dict):
         return {key: _without_ids(value) for key, value in trigger.items() if key != "id"}
     return [_without_ids(each) for each in trigger] if isinstance(trigger, list) else trigger
+
+
+def _normal(value: Any) -> Any:
+    """Sort lists of words: the server keeps them as sets."""
+    if isinstance(value, dict):
+        return {key: _normal(each) for key, each in value.items()}
+    if isinstance(value, list) and all(isinstance(each, str) for each in value):
+        return sorted(value)
+    return [_normal(each) for each in value] if isinstance(value, list) else value
 
 
 def _new(automations: list[Named], *, besides: list[Named]) -> Named:

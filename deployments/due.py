@@ -10,8 +10,8 @@ from zoneinfo import ZoneInfo
 
 from deployments.services import StackError
 
-TAGS = ("mnist-retraining", "mnist-retraining-watch")
-"""Each deployment of deployments/prefect.yaml carries one of them."""
+TAG = "mnist-retraining"
+"""Every deployment of deployments/prefect.yaml carries it, and so does each of its runs."""
 
 PATIENCE = 90.0  # seconds: the scheduling service of a Prefect server looks every minute
 
@@ -71,7 +71,7 @@ def table(schedules: list[Due]) -> str:
 
 def read_due(ask: Ask) -> list[Due]:
     """Return every schedule of our deployments, in the order of the deployments' names."""
-    ours = {"deployments": {"tags": {"any_": TAGS}}}
+    ours = {"deployments": {"tags": {"all_": [TAG]}}}
     flows = {flow["id"]: flow["name"] for flow in ask("POST", "/flows/filter", ours)}
     found = [
         due

@@ -23,6 +23,7 @@ import pytest
 import yaml
 
 from deployments import processes
+from deployments.due import TAG
 from deployments.services import PROJECT, Ports, Stack, environment, s3_server
 from deployments.stack import StackError, prefect_api, start, stop
 
@@ -166,7 +167,7 @@ def test_the_keys_are_the_owners_alone(up: Stack) -> None:
     keys = up.root / "keys.json"
     assert stat.S_IMODE(keys.stat().st_mode) == 0o600
     assert stat.S_IMODE(up.root.stat().st_mode) == 0o700
-    lines = [" ".join(process.cmdline()) for process in psutil.process_iter()]
+    lines = [" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])]
     logs = [log.read_text() for log in (up.root / "logs").iterdir()]
     assert logs
     for key in json.loads(keys.read_text()).values():
@@ -184,7 +185,8 @@ def test_a_second_up_finds_everything_there(up: Stack, said: list[str]) -> None:
     assert said == ["already running: S3 server, MLflow server, Prefect server, worker, keeper"]
     assert processes.find(up.root) == before
     assert api(up, "/automations/filter", {}) == automations
-    assert [automation["name"] for automation in automations] == ["crash-silent-runs"]
+    names = [automation["name"] for automation in automations]
+    assert names == ["crash-runs-that-never-start", "crash-silent-runs"]
 
 
 def test_a_half_started_stack_is_completed(up: Stack, said: list[str]) -> None:
@@ -240,18 +242,25 @@ def test_a_run_that_falls_silent_crashes_and_one_that_ends_under_its_own_name_do
 ) -> None:
     """The automation of deployments/automations.yaml, with 10 seconds instead of 90."""
     text = (PROJECT / "deployments" / "automations.yaml").read_text()
-    (automation,) = yaml.safe_load(text)["automations"]
+    automation = yaml.safe_load(text)["automations"][0]
+    assert automation["name"] == "crash-silent-runs"
     automation["trigger"]["within"] = 10
     api(up, "/automations/", automation | {"name": "sooner"})
     flow = api(up, "/flows/", {"name": "silent"})["id"]
     running = {"type": "RUNNING", "name": "Running"}
     silent, ended = (
-        api(up, "/flow_runs/", {"flow_id": flow, "state": running})["id"] for _ in range(2)
+        api(up, "/flow_runs/", {"flow_id": flow, "state": running, "tags": [TAG]})["id"]
+        for _ in range(2)
     )
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     beats = [
         {"event": "prefect.flow-run.heartbeat", "occurred": now, "id": run, "payload": {}}
         | {"resource": {"prefect.resource.id": f"prefect.flow-run.{run}"}}
+        | {
+            "related": [
+                {"prefect.resource.id": f"prefect.tag.{TAG}", "prefect.resource.role": "tag"}
+            ]
+        }
         for run in (silent, ended)
     ]
     api(up, "/events", beats)

@@ -1,5 +1,6 @@
 """A stack of one's own whose processes reach each other through proxies that can misbehave."""
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -101,16 +102,18 @@ class Bench:
         command = worker(self.stack).command
         return [process for process in found if processes.runs(process, command)]
 
-    def restart(self) -> None:
-        """Start what is not running any more."""
-        start(self.stack, say=_quiet)
+    def missing(self, seconds: float) -> list[str]:
+        """Wait until every service is there; return the names of those that do not come."""
+        deadline = time.monotonic() + seconds
+        while (missing := [name for name in SERVICES if not self.service(name)]) and (
+            time.monotonic() < deadline
+        ):
+            time.sleep(0.2)
+        return missing
 
-    def mend(self) -> list[str]:
-        """Start the services that have ended without being asked to; return their names."""
-        ended = [name for name in SERVICES if not self.service(name)]
-        if ended:
-            self.restart()
-        return ended
+    def restart(self) -> None:
+        """Start what is not running any more, as a person would with `make up`."""
+        start(self.stack, say=_quiet)
 
 
 @contextmanager
@@ -139,9 +142,12 @@ def opened(root: Path) -> Iterator[Bench]:
         "prefect": Proxy("prefect", stack.proxies.prefect, ports.prefect),
     }
     direct = environment(Stack(root, ports)) | {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
-    patience = {"RETRAINING_PATIENCE_SECONDS": str(PATIENCE_SECONDS)}
+    hooks = plants.environment() | {
+        "FAULTS_PROXIES": json.dumps(vars(proxy_ports)),
+        "RETRAINING_PATIENCE_SECONDS": str(PATIENCE_SECONDS),
+    }
     with (
-        temporary_variables(direct | plants.environment() | patience),
+        temporary_variables(direct | hooks),
         temporary_settings({PREFECT_API_URL: direct["PREFECT_API_URL"]}),
     ):
         try:

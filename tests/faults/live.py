@@ -74,6 +74,8 @@ MODEL = f"{DATASET}-cnn"
 _LOOK_SECONDS = 1.0
 _END_SECONDS = 600.0
 """After the last week, until every run must have ended."""
+_REVIVED_SECONDS = 180.0
+_WATCH_TAG = "watch"
 _PAGE = 200
 _ACTIVE = [
     *(StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING),
@@ -174,7 +176,7 @@ def _try(life: Life, work: Callable[[], None], attempts: int = 20) -> None:
 
 
 def _schedule(life: Life) -> list[tuple[Any, Any]]:
-    """Let train/weekly be due each week, and ingest/on-arrival every fourth, between two weeks."""
+    """Let train/weekly be due each week, and ingest/nightly every fourth, between two weeks."""
     begun, week = datetime.fromtimestamp(life.begun, UTC), timedelta(seconds=life.interval)
     wanted = {
         "train/weekly": (
@@ -185,9 +187,9 @@ def _schedule(life: Life) -> list[tuple[Any, Any]]:
                 "promotion": YEAR_POLICY.model_dump(exclude_defaults=True),
             },
         ),
-        "ingest/on-arrival": (
+        "ingest/nightly": (
             IntervalSchedule(interval=4 * week, anchor_date=begun + week / 2),
-            {"dataset": DATASET},
+            {},
         ),
     }
     made = []
@@ -265,20 +267,13 @@ def _plant(life: Life, number: int, fault: Fault) -> None:
 
 
 def _kill(life: Life, fault: Death) -> None:
-    """Kill a program, and start it again as a supervisor would, until it is there."""
+    """Kill a program, and wait until the stack's keeper has started it again."""
     with life.locks["machine"]:
         begun = time.time()
         for process in life.bench.service(fault.service):
             process.kill()
-        time.sleep(fault.seconds)
-        while True:
-            try:
-                life.bench.restart()
-                break
-            except StackError as error:
-                life.mishaps.append(f"after {fault.name}: {error}")
-                if time.time() - begun > _END_SECONDS:
-                    raise
+        if missing := life.bench.missing(_REVIVED_SECONDS):
+            raise StackError(f"{', '.join(missing)} did not come back")
         _note(life, fault.name, begun)
 
 
@@ -380,7 +375,7 @@ def _active(bench: Bench) -> list[FlowRun]:
 
 
 def _runs(bench: Bench, types: list[StateType] | None = None) -> list[FlowRun]:
-    """Return the runs of ours about the year's data set, all or those in states of some types."""
+    """Return all runs but those that watch over the others, or those in states of some types."""
     ours = FlowRunFilter(
         tags=FlowRunFilterTags(all_=[TAG]),
         state=FlowRunFilterState(type=FlowRunFilterStateType(any_=types)) if types else None,
@@ -395,12 +390,7 @@ def _runs(bench: Bench, types: list[StateType] | None = None) -> list[FlowRun]:
         found += page
         if len(page) < _PAGE:
             break
-    about = (DATASET, MODEL)
-    return [
-        run
-        for run in found
-        if run.parameters.get("dataset") in about or run.parameters.get("model") in about
-    ]
+    return [run for run in found if _WATCH_TAG not in run.tags]
 
 
 def _retain(life: Life) -> Sizes:

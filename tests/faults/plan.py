@@ -73,12 +73,11 @@ class Outage:
 
 @dataclass(frozen=True)
 class Death:
-    """A program of the stack is killed, and started again after some seconds."""
+    """A program of the stack is killed; whoever keeps the stack alive starts it again."""
 
     week: int
     at: float
     service: Service
-    seconds: float
 
     @property
     def name(self) -> str:
@@ -174,5 +173,5 @@ def _fault(chance: random.Random, week: int, at: float) -> Fault:
         return Outage(week, at, chance.choice(where), chance.choice(modes), seconds)
     if kind == "death":
         services: tuple[Service, ...] = ("worker", "S3 server", "MLflow server", "Prefect server")
-        return Death(week, at, chance.choice(services), seconds)
+        return Death(week, at, chance.choice(services))
     return ClockJump(week, at, chance.choice((-24.0, -1.0, 1.0, 24.0)))

@@ -5,6 +5,8 @@ that was started for a flow run, it wraps what Prefect calls to run a task: if t
 `FAULTS_FOLDER` holds a strike for this run and task (see tests/faults/plant.py), the fault is
 planted just before the n-th request that the task makes to S3 or MLflow, or at its end if it makes
 fewer. A strike is claimed by renaming its file, so that it happens once, whatever is repeated.
+
+In the keeper of the local stack it only hands on the addresses of the proxies.
 """
 
 import datetime as dt
@@ -192,6 +194,16 @@ def _shift_clock(days: float) -> Callable[[ModuleType], None]:
     return shift
 
 
+def _redirect(services: ModuleType) -> None:
+    """Let the keeper start services again behind the proxies at which `make up` began them."""
+    for name, port in json.loads(os.environ["FAULTS_PROXIES"]).items():
+        address = f"http://{services.HOST}:{port}"
+        setattr(services.Stack, f"{name}_url", property(lambda _, address=address: address))
+
+
+if _FOLDER and os.environ.get("MNIST_STACK_SERVICE") == "keeper":
+    _keeps = _AfterImport(lambda name: name == "deployments.services", _redirect)
+    sys.meta_path.insert(0, _keeps)
 if _FOLDER and _RUN:
     sys.meta_path.insert(0, _AfterImport(lambda name: name == "prefect.task_engine", _wrap_engine))
     _clock = Path(_FOLDER, f"{_RUN}.clock")
