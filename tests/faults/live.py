@@ -270,8 +270,10 @@ def _kill(life: Life, fault: Death) -> None:
     """Kill a program, and wait until the stack's keeper has started it again."""
     with life.locks["machine"]:
         begun = time.time()
-        for process in life.bench.service(fault.service):
+        killed = life.bench.service(fault.service)
+        for process in killed:
             process.kill()
+        psutil.wait_procs(killed, timeout=_REVIVED_SECONDS)
         if missing := life.bench.missing(_REVIVED_SECONDS):
             raise StackError(f"{', '.join(missing)} did not come back")
         _note(life, fault.name, begun)
