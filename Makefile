@@ -3,11 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/installed
 
-<<<<<<< HEAD
 .PHONY: demo run tour drop schedule notify test up down status approve reject rollback history check faults year lock clean
-=======
-.PHONY: demo run tour drop schedule notify test up down status approve reject rollback history check lock clean
->>>>>>> main
 
 demo: $(STAMP) ## set everything up, retrain once through the real stack, show what happened
 	$(BIN)/python -m deployments.demo --start --param dataset=auto
@@ -25,10 +21,7 @@ drop: $(STAMP) ## a batch arrives: make drop FILES="images-idx3-ubyte labels-idx
 schedule: $(STAMP) ## a data set's own week: make schedule DATASET=name [CRON="0 3 * * 1"] [ZONE=Europe/Berlin] [REMOVE=1]
 	$(BIN)/python -m deployments.schedule $(if $(DATASET),--dataset "$(DATASET)") \
 		$(if $(CRON),--cron "$(CRON)") $(if $(ZONE),--zone "$(ZONE)") $(if $(REMOVE),--remove)
-<<<<<<< HEAD
-=======
 
->>>>>>> main
 # The address goes by the environment and as it was typed: it is a secret, and make would expand a $.
 notify: override export URL := $(value URL)
 notify: $(STAMP) ## who is told: make notify URL=… adds an address, without URL it lists them

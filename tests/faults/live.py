@@ -36,7 +36,7 @@ from mnist_cnn.promotion import PromotionPolicy
 from tasks.batch_files import MARKER, parse_batch, write_parquet
 from tasks.history import read_history, trace
 from tasks.ledger import folder_of, incoming_folder, present_snapshot, read_base, read_ledger
-from tasks.recovery import GIVEN_UP, WATCH
+from tasks.recovery import GIVEN_UP
 from tasks.shards import read_split
 from tasks.storage import DEFAULT_STORE, StorageUnreachable, Store
 from tasks.turn import TAG
@@ -75,6 +75,7 @@ _LOOK_SECONDS = 1.0
 _END_SECONDS = 600.0
 """After the last week, until every run must have ended."""
 _REVIVED_SECONDS = 180.0
+_WATCH_TAG = "watch"
 _PAGE = 200
 _ACTIVE = [
     *(StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING),
@@ -269,8 +270,10 @@ def _kill(life: Life, fault: Death) -> None:
     """Kill a program, and wait until the stack's keeper has started it again."""
     with life.locks["machine"]:
         begun = time.time()
-        for process in life.bench.service(fault.service):
+        killed = life.bench.service(fault.service)
+        for process in killed:
             process.kill()
+        psutil.wait_procs(killed, timeout=_REVIVED_SECONDS)
         if missing := life.bench.missing(_REVIVED_SECONDS):
             raise StackError(f"{', '.join(missing)} did not come back")
         _note(life, fault.name, begun)
@@ -389,7 +392,7 @@ def _runs(bench: Bench, types: list[StateType] | None = None) -> list[FlowRun]:
         found += page
         if len(page) < _PAGE:
             break
-    return [run for run in found if WATCH not in run.tags]
+    return [run for run in found if _WATCH_TAG not in run.tags]
 
 
 def _retain(life: Life) -> Sizes:
