@@ -54,6 +54,9 @@ def ask(stack: Stack) -> Iterator[Ask]:
         yield ask
         set_automations(ask, stack, reset=True, say=print)
         deploy(ask, stack, YAML, reset=True, say=print)
+        training = ask("GET", "/deployments/name/train/weekly", None)
+        for added in (each for each in training["schedules"] if each["slug"] == "letters"):
+            ask("DELETE", f"/deployments/{training['id']}/schedules/{added['id']}", None)
 
 
 YAML = PROJECT / "deployments" / "prefect.yaml"

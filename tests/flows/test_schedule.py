@@ -54,7 +54,8 @@ def test_a_run_that_the_schedule_made_goes_through_the_worker_to_its_end(
 
 
 def test_the_table_shows_when_the_week_is_due(ask: Ask) -> None:
-    (weekly,) = (due for due in read_due(ask) if due.deployment == "train/weekly")
+    found = {(due.deployment, due.slug): due for due in read_due(ask)}
+    weekly = found["train/weekly", "weekly"]
     assert weekly.when
     assert weekly.when.weekday() == 0
     assert re.search(r"weekly +mnist +Monday \d\d \w+ \d{4}, 03:00 Etc/UTC, in \d", table([weekly]))
