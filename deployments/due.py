@@ -158,8 +158,9 @@ def _within_horizon(rule: dict[str, Any]) -> bool:
 
 def _distance(when: datetime) -> str:
     left = when - datetime.now(UTC)
-    for unit, length in (("day", timedelta(days=1)), ("hour", timedelta(hours=1))):
+    units = {"day": timedelta(days=1), "hour": timedelta(hours=1), "minute": timedelta(minutes=1)}
+    for unit, length in units.items():
         if left >= length:
             number = left // length
             return f"in {number} {unit}{'s' if number > 1 else ''}"
-    return f"in {max(0, int(left.total_seconds()) // 60)} minutes"
+    return "within a minute"
