@@ -386,7 +386,7 @@ def _move_champion(
     for move in moves_of(target):
         _settle(move)
         if move.run == str(runtime.flow_run.id):
-            emit_move(move, target.tags["artifact_sha256"], target.tags["snapshot"], store.address)
+            _emit(move, target, store)
 
 
 def _did(action: Action, version: "RegisteredVersion", store: Store) -> bool:
@@ -404,6 +404,7 @@ def _did(action: Action, version: "RegisteredVersion", store: Store) -> bool:
     else:
         confirm(own, store)
     _settle(own)
+    _emit(own, version, store)
     return True
 
 
@@ -457,6 +458,11 @@ def _settle(move: Move) -> None:
     _append(move.model, move.to_version, f"Move {move.sequence}: {sentence} ({move.run_url})")
     if read_model(move.model).aliases.get(CHALLENGER) == move.to_version:
         MlflowClient().delete_registered_model_alias(move.model, CHALLENGER)
+
+
+def _emit(move: Move, target: "RegisteredVersion", store: Store) -> None:
+    """Emit the event of a move that was carried out."""
+    emit_move(move, target.tags["artifact_sha256"], target.tags["snapshot"], store.address)
 
 
 def _append(name: str, number: str, text: str) -> None:
