@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo run tour drop schedule notify test up down status approve reject rollback history check lock clean
+.PHONY: demo run tour drop schedule notify test up down status approve reject rollback history check faults year lock clean
 
 demo: $(STAMP) ## set everything up, retrain once through the real stack, show what happened
 	$(BIN)/python -m deployments.demo --start --param dataset=auto
@@ -58,6 +58,13 @@ check: $(STAMP) ## lint, format, types, import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# make faults [ARGS="--part 8 --seed 3 --jobs 2"], make year [ARGS="--weeks 4 --seed 3"]. With one thread, as the tests.
+faults: $(STAMP) ## the table of faults: every fault at every stage, on stacks of its own
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.table $(ARGS)
+
+year: $(STAMP) ## 52 weeks in minutes, with planted faults: promises kept or broken, and year.png
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.year $(ARGS)
 
 lock: $(STAMP) ## renew constraints.txt; what `make test` refuses, such as a server's log with an error, is no renewal
 	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --all-extras \

@@ -13,7 +13,7 @@ from deployments import processes
 from deployments.services import HOST, Service, Stack
 from deployments.stack import all_services, launch, running
 
-LOOK_SECONDS = 2.0
+LOOK_SECONDS = 5.0
 PAUSES = (0.0, 2.0, 5.0, 15.0, 30.0, 60.0)  # seconds before each attempt; the last one from then on
 SETTLED = 120.0  # seconds of life after which earlier deaths no longer count
 
@@ -50,9 +50,11 @@ def look(stack: Stack, attempts: dict[str, Attempts]) -> None:
     """Start again each service that is missing and whose pause is over."""
     processes.reap()
     *kept, _keeper = all_services(stack)
+    found = processes.find(stack.root)  # once: it reads the variables of every process
     for service in kept:
         mine = attempts[service.name]
-        if running(stack, service) is None and mine.is_due(time.monotonic()):
+        there = any(processes.runs(process, service.command) for process in found)
+        if not there and mine.is_due(time.monotonic()):
             with processes.one_at_a_time(stack.root, _log):  # not while `make down` ends it
                 if running(stack, service) is None:
                     mine.note(time.monotonic())

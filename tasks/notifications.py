@@ -198,6 +198,7 @@ class Outbox:
 
     def __init__(self, recipients: Sequence[Recipient], store: Store) -> None:
         self._recipients = {recipient.name: recipient for recipient in recipients}
+        self._failed = set[str]()
         self._store = store
         self._entries = {entry.name: entry for entry in store.entries(FOLDER)}
         self._logger = get_run_logger()
@@ -231,11 +232,11 @@ class Outbox:
         self, message: Message, names: Sequence[str], before: Delivery | None = None
     ) -> bool:
         """Send to those that did not fail in this pass, and record who took it."""
-        fit = [self._recipients[name] for name in names if name in self._recipients]
+        fit = [self._recipients[name] for name in names if name not in self._failed]
         results = send(fit, message)
         for name, reason in results.items():
             if reason:
-                del self._recipients[name]
+                self._failed.add(name)
                 self._logger.warning(
                     "block %s did not take %r: %s; it is tried again at the next look",
                     name,

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from itertools import accumulate
+from json import JSONDecodeError
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from prefect import Task, task
@@ -55,4 +56,5 @@ def _is_away(error: object) -> bool:
     if isinstance(error, httpx.HTTPStatusError):
         code = error.response.status_code
         return code >= httpx.codes.INTERNAL_SERVER_ERROR or code in _BUSY
-    return isinstance(error, ConnectionError | httpx.TransportError)
+    # A login page or a maintenance page with status 200, where Prefect's client expects JSON.
+    return isinstance(error, ConnectionError | httpx.TransportError | JSONDecodeError)
