@@ -13,7 +13,7 @@ from deployments import processes
 from deployments.services import HOST, Service, Stack
 from deployments.stack import all_services, launch, running
 
-LOOK_SECONDS = 5.0
+LOOK_SECONDS = 3.0
 PAUSES = (0.0, 2.0, 5.0, 15.0, 30.0, 60.0)  # seconds before each attempt; the last one from then on
 SETTLED = 120.0  # seconds of life after which earlier deaths no longer count
 
