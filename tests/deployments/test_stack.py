@@ -205,16 +205,15 @@ def test_a_half_started_stack_is_completed(up: Stack, said: list[str]) -> None:
     assert httpx.get(f"{up.mlflow_url}/health", trust_env=False).status_code == 200
 
 
-def test_a_killed_worker_is_back_by_itself_and_its_run_goes_on(
-    up: Stack, tmp_path: Path
-) -> None:
+def test_a_killed_worker_is_back_by_itself_and_its_run_goes_on(up: Stack, tmp_path: Path) -> None:
     _, process = napping(up, tmp_path / "note")
     (worker,) = (p for p in named(up, "worker") if "worker" in p.cmdline())
     worker.kill()
     worker.wait(10)
     until(lambda: [p for p in named(up, "worker") if "worker" in p.cmdline()], bool, seconds=120)
     assert process.is_running()
-    assert "worker had ended and is started again" in up.log("keeper").read_text()
+    said = "worker had ended and is started again"
+    until(lambda: up.log("keeper").read_text(), lambda text: said in text)
     assert "started!" in up.log("worker.previous").read_text()
     process.kill()
 
