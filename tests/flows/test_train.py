@@ -174,17 +174,23 @@ def test_a_second_run_that_is_forced_sends_no_data_again_and_ends_by_rule(
     assert champion.model == summary.champion
 
 
-def test_a_second_trigger_while_a_run_is_active_is_cancelled_with_the_reason(
-    first_run: FlowRun,
-) -> None:
+def test_a_second_run_waits_until_the_first_has_ended(first_run: FlowRun) -> None:
     active = trigger("--param", "dataset=digits", "--param", "force=true")
     second = wait_for(trigger("--param", "dataset=digits"))
     assert second.state
-    assert second.state.is_cancelled()
-    assert "concurrency limit" in str(second.state.message).lower()
-    finished = wait_for(active).state
-    assert finished
-    assert finished.is_completed()
+    assert second.state.is_completed(), second.state.message
+    finished = wait_for(active, seconds=1)
+    assert finished.state
+    assert finished.state.is_completed(), finished.state.message
+    assert finished.end_time
+    with get_client(sync_client=True) as prefect:
+        stages = prefect.read_task_runs(
+            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[second.id]))
+        )
+    begun = [stage.start_time for stage in stages if stage.name.startswith("check_services")]
+    assert len(begun) == 1
+    assert begun[0]
+    assert begun[0] >= finished.end_time
 
 
 @pytest.mark.parametrize(
