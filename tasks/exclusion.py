@@ -27,9 +27,11 @@ def exclusive(name: str, verb: str = "promote") -> Iterator[None]:
     """
     limit = f"{verb}-{name}"
     with get_client(sync_client=True) as prefect:
-        try:  # it may be there with another limit, or switched off, by hand
-            bound = GlobalConcurrencyLimitUpdate(limit=1, active=True)
-            prefect.update_global_concurrency_limit(limit, bound)
+        try:
+            found = prefect.read_global_concurrency_limit_by_name(limit)
+            if found.limit != 1 or not found.active:  # by hand; else no write meets a holder's
+                bound = GlobalConcurrencyLimitUpdate(limit=1, active=True)
+                prefect.update_global_concurrency_limit(limit, bound)
         except ObjectNotFound:
             with suppress(ObjectAlreadyExists):  # another run was faster
                 wanted = GlobalConcurrencyLimitCreate(name=limit, limit=1)

@@ -45,11 +45,10 @@ def runs_of_deployment() -> list[FlowRun]:
 
 
 def trigger(*arguments: str) -> UUID:
-    before = {run.id for run in runs_of_deployment()}
     typed = type_command(*arguments)
     assert typed.returncode == 0, typed.stdout + typed.stderr
-    (made,) = {run.id for run in runs_of_deployment() if not run.auto_scheduled} - before
-    return made
+    (made,) = re.findall(r"UUID: (\S+)", typed.stdout)
+    return UUID(made)
 
 
 def wait_for(run_id: UUID, seconds: float = 240) -> FlowRun:
