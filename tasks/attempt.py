@@ -28,7 +28,8 @@ import httpx
 from prefect import get_run_logger, runtime
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, State
-from prefect.exceptions import PrefectHTTPStatusError
+from prefect.client.schemas.responses import SetStateStatus
+from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelled, Failed, Running
 from pydantic import Field
@@ -116,7 +117,9 @@ class _Guard:
                 try:
                     with get_client(sync_client=True) as prefect:
                         self._look(prefect)
-                except (httpx.HTTPError, PrefectHTTPStatusError) as error:
+                except ObjectNotFound:  # somebody deleted the run
+                    _end_process()
+                except (httpx.HTTPError, ValueError) as error:  # it is away, or answers no JSON
                     self._logger.debug("the Prefect server cannot be asked now: %s", error)
                 if datetime.now(UTC) > self._deadline + timedelta(seconds=_LOOK_SECONDS):
                     _end_process()  # the server is away: its worker or the heartbeat tells
@@ -131,8 +134,10 @@ class _Guard:
             self._time_out(prefect)
         elif order == "say that it goes on":
             message = f"Goes on: a late report said of it: {run.state and run.state.message}"
-            prefect.set_flow_run_state(self._run_id, Running(message=message), force=True)
-            self._number += 1  # the server counts each Running
+            running: State = Running(message=message)
+            answer = prefect.set_flow_run_state(self._run_id, running, force=True)
+            if answer.status == SetStateStatus.ACCEPT:
+                self._number += 1  # the server counts each Running
         elif order == "end as cancelled":
             cancelled: State = Cancelled(message="Cancelled; no worker was there to end it.")
             prefect.set_flow_run_state(self._run_id, cancelled, force=True)

@@ -7,6 +7,7 @@ it stays. Here such a run is made due again; what it had done lies in S3 and MLf
 
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal
@@ -21,6 +22,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.exceptions import ObjectNotFound
 from prefect.states import AwaitingRetry, Cancelled, Crashed
 
 from tasks.step import step
@@ -85,7 +87,8 @@ def recover_runs() -> list[str]:
             time.sleep(1)
             remedies = _judge_all(prefect)
         for remedy in remedies:
-            _apply(prefect, remedy)
+            with suppress(ObjectNotFound):  # somebody deleted the run since
+                _apply(prefect, remedy)
         if any(remedy.act == "crash" for remedy in remedies):
             get_run_logger().info("what was ended is resumed at the next look")
     done = [r for r in remedies if r.act != "nothing"]
