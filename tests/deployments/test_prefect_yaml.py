@@ -75,10 +75,10 @@ def test_ten_arrivals_of_a_data_set_make_one_ingest_once_it_is_quiet() -> None:
 def test_training_begins_when_a_run_of_on_arrival_accepted_something_and_not_otherwise() -> None:
     (accepted,) = only("flows.train.train/weekly")["triggers"]
     assert accepted["expect"] == ["prefect.flow-run.Batches accepted"]
-    assert accepted["match_related"] == {
-        "prefect.resource.role": "deployment",
-        "prefect.resource.name": "on-arrival",
-    }
+    assert accepted["match_related"] == [
+        {"prefect.resource.id": "prefect.tag.mnist-retraining"},
+        {"prefect.resource.role": "deployment", "prefect.resource.name": "on-arrival"},
+    ]
     assert import_object("flows.ingest.ingest").parameters.properties.keys() <= (
         import_object("flows.train.train").parameters.properties.keys()
     )
