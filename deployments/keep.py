@@ -4,14 +4,16 @@
 `.previous.log`. The pauses between attempts grow, so that what cannot start is no busy loop.
 """
 
+import logging
 import sys
 import time
 from dataclasses import dataclass
-from datetime import datetime
 
 from deployments import processes
 from deployments.services import HOST, Service, Stack
 from deployments.stack import all_services, launch, running
+
+_LOGGER = logging.getLogger("keeper")
 
 LOOK_SECONDS = 3.0
 PAUSES = (0.0, 2.0, 5.0, 15.0, 30.0, 60.0)  # seconds before each attempt; the last one from then on
@@ -39,11 +41,17 @@ class Attempts:
 
 def main() -> int:
     """Look after the stack until this program is ended."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s | %(levelname)-7s | %(name)s - %(message)s"
+    )
     stack = Stack.configured()
     attempts = {service.name: Attempts() for service in all_services(stack)}
     while True:
         time.sleep(LOOK_SECONDS)
-        look(stack, attempts)
+        try:
+            look(stack, attempts)
+        except OSError:  # a full disk, no process to be had: better at the next look
+            _LOGGER.exception("what has ended could not be started again")
 
 
 def look(stack: Stack, attempts: dict[str, Attempts]) -> None:
@@ -55,7 +63,7 @@ def look(stack: Stack, attempts: dict[str, Attempts]) -> None:
         mine = attempts[service.name]
         there = any(processes.runs(process, service.command) for process in found)
         if not there and mine.is_due(time.monotonic()):
-            with processes.one_at_a_time(stack.root, _log):  # not while `make down` ends it
+            with processes.one_at_a_time(stack.root, _LOGGER.info):  # not while `make down` ends it
                 if running(stack, service) is None:
                     mine.note(time.monotonic())
                     revive(stack, service)
@@ -67,14 +75,11 @@ def revive(stack: Stack, service: Service) -> None:
         processes.end(p for p, name in processes.find(stack.root).items() if name == service.name)
         holder = processes.port_holder(HOST, service.port[1])
         if holder is not None:
-            _log(f"{service.name} has ended; its port {service.port[1]} is held by {holder}")
+            port = service.port[1]
+            _LOGGER.warning("%s has ended; its port %d is held by %s", service.name, port, holder)
             return
     process = launch(stack, service)
-    _log(f"{service.name} had ended and is started again, pid {process.pid}")
-
-
-def _log(sentence: str) -> None:
-    print(f"{datetime.now():%H:%M:%S.000} | ERROR   | {sentence}")  # noqa: DTZ005 - as Prefect's
+    _LOGGER.warning("%s had ended and is started again, pid %d", service.name, process.pid)
 
 
 if __name__ == "__main__":
