@@ -27,6 +27,8 @@ _CANDIDATE, _CHAMPION = "#1d5fd1", "#d9700a"
 
 _FEW = 10
 """An accuracy of fewer images is too uncertain to draw."""
+_PITCH, _GAP = 1.22, 0.03
+"""Of small images: from row to row, and around each."""
 
 # An opaque sheet with dark text reads the same on a light and on a dark page.
 _STYLE: Any = {
@@ -291,10 +293,43 @@ def plot_reliability(candidate: Evaluation, champion: Evaluation | None = None) 
     return png.getvalue()
 
 
-def _show(axes: "Axes", image: NDArray[Any], caption: str = "", size: float = 8) -> None:
-    axes.imshow(image, cmap="gray", vmin=0, vmax=255)
-    axes.set_title(caption, fontsize=size, fontweight="normal", loc="center", pad=3)
-    axes.axis("off")
+class _Wall:
+    """Small images in a grid on one pair of axes: one for each image takes five times as long."""
+
+    def __init__(self, figure: Any, rows: int, columns: int, *, left: float = 0.0) -> None:
+        """Leave `left` columns free for the names of the rows."""
+        self._axes: Axes = figure.add_subplot()
+        self._axes.set(xlim=(-left, columns), ylim=(rows * _PITCH, 0), aspect="equal")
+        self._axes.set_autoscale_on(False)
+        self._axes.axis("off")
+
+    def show(self, row: int, column: int, image: NDArray[Any], caption: str, size: float) -> None:
+        """Hang a grey image, uint8 or 0 to 255, with a caption above it."""
+        self._hang(row, column, image, cmap="gray", vmin=0, vmax=255)
+        self._axes.text(
+            column + 0.5, (row + 1) * _PITCH - 1, caption, ha="center", va="bottom", fontsize=size
+        )
+
+    def overlay(self, row: int, column: int, saliency: Floats) -> None:
+        """Lay red over an image, the more the higher its saliency is."""
+        red = np.zeros((SIDE, SIDE, 4))
+        red[..., 0], red[..., 1] = 1.0, 0.25
+        red[..., 3] = np.clip(saliency / max(float(saliency.max()), 1e-12), 0, 1) * 0.85
+        self._hang(row, column, red, interpolation="bilinear")
+
+    def name(self, row: int, words: str, below: str = "") -> None:
+        """Name a row at its left, with a smaller line below."""
+        middle = (row + 1) * _PITCH - 0.5
+        place: Any = {"ha": "right", "x": -0.1}
+        self._axes.text(
+            y=middle, s=words, va="bottom" if below else "center", fontweight="bold", **place
+        )
+        self._axes.text(y=middle, s=below, va="top", fontsize=7, color=_FAINT, **place)
+
+    def _hang(self, row: int, column: int, image: NDArray[Any], **style: Any) -> None:
+        bottom = (row + 1) * _PITCH
+        extent = (column + _GAP, column + 1 - _GAP, bottom - _GAP, bottom - 1 + _GAP)
+        self._axes.imshow(image, extent=extent, aspect="equal", **style)
 
 
 def plot_errors(outcomes: Outcomes, digits: Digits, most: int = 32) -> bytes:
@@ -311,14 +346,12 @@ def plot_errors(outcomes: Outcomes, digits: Digits, most: int = 32) -> bytes:
             f"The {len(worst)} surest of {len(wrong)} errors",
             "True digit → predicted digit, with the confidence in the wrong one.",
         )
-        panels = figure.subplots(rows, columns, squeeze=False).flat
-        for axes in panels:
-            axes.axis("off")
-        for axes, image in zip(figure.axes, worst, strict=False):
+        wall = _Wall(figure, rows, columns)
+        for place, image in enumerate(worst):
             caption = (
                 f"{digits.labels[image]} → {predicted[image]}   {confidence[image] * 100:.0f} %"
             )
-            _show(axes, digits.images[image], caption, 9)
+            wall.show(*divmod(place, columns), digits.images[image], caption, 9)
     return png.getvalue()
 
 
@@ -328,7 +361,7 @@ def plot_corruptions(digits: Digits, seed: int = 0) -> bytes:
     images = torch.tensor(digits.images[example : example + BATCH])
     columns = 1 + max(len(corruption.strengths) for corruption in CORRUPTIONS)
     rows = -(-len(CORRUPTIONS) // 2)
-    with _sheet(11.8, 1.2 * rows + 0.7) as (figure, png):
+    with _sheet(11.8, 1.08 * rows + 0.7) as (figure, png):
         _heading(
             figure,
             "Every corruption at every strength",
@@ -337,34 +370,13 @@ def plot_corruptions(digits: Digits, seed: int = 0) -> bytes:
         halves: Any = figure.subfigures(1, 2, wspace=0.03)
         for half, corruptions in zip(halves, (CORRUPTIONS[:rows], CORRUPTIONS[rows:]), strict=True):
             half.set_facecolor(_PAPER)
-            panels = half.subplots(rows, columns, squeeze=False)
-            for axes in panels.flat:
-                axes.axis("off")
-            for row, corruption in zip(panels, corruptions, strict=False):
-                _show(row[0], digits.images[example], "clean")
-                unit = textwrap.fill(corruption.unit, 22)
-                row[0].text(
-                    -0.15,
-                    0.5,
-                    f"{corruption.name}\n",
-                    transform=row[0].transAxes,
-                    ha="right",
-                    va="center",
-                    fontweight="bold",
-                )
-                row[0].text(
-                    -0.15,
-                    0.42,
-                    unit,
-                    transform=row[0].transAxes,
-                    ha="right",
-                    va="top",
-                    fontsize=7,
-                    color=_FAINT,
-                )
-                for axes, strength in zip(row[1:], corruption.strengths, strict=False):
+            wall = _Wall(half, rows, columns, left=1.7)
+            for row, corruption in enumerate(corruptions):
+                wall.name(row, corruption.name, textwrap.fill(corruption.unit, 22))
+                wall.show(row, 0, digits.images[example], "clean", 8)
+                for column, strength in enumerate(corruption.strengths, 1):
                     spoiled = next(corrupted(images, corruption, strength, seed))
-                    _show(axes, spoiled[0].numpy(), f"{strength:g}")
+                    wall.show(row, column, spoiled[0].numpy(), f"{strength:g}", 8)
     return png.getvalue()
 
 
@@ -383,32 +395,19 @@ def plot_examination(model: nn.Module, outcomes: Outcomes, digits: Digits) -> by
             "Last row: how far hiding a square of 5 px around a place lowers the probability of "
             "the surest image's answer (red: most).",
         )
-        panels = figure.subplots(len(rows), CLASSES)
-        for axes in panels.flat:
-            axes.axis("off")
-        for name, row in zip(rows, panels, strict=True):
-            row[0].text(-0.15, 0.5, name, transform=row[0].transAxes, ha="right", va="center")
-        for digit, column in enumerate(panels.T):
+        wall = _Wall(figure, len(rows), CLASSES, left=1.0)
+        for row, name in enumerate(rows):
+            wall.name(row, name)
+        for digit in range(CLASSES):
             read = np.flatnonzero(predicted == digit)
-            if len(read):
-                surest = digits.images[read[confidence[read].argmax()]]
-                doubtful = read[confidence[read].argmin()]
-                _show(column[0], digits.images[read].mean(0), f"{digit}", 11)
-                _show(column[1], surest, f"{confidence[read].max() * 100:.1f} %")
-                truth = digits.labels[doubtful]
-                _show(
-                    column[2],
-                    digits.images[doubtful],
-                    f"{confidence[doubtful] * 100:.0f} %, is a {truth}",
-                )
-                _show(column[3], surest)
-                _overlay(column[3], map_saliency(model, surest[None])[0])
+            if not len(read):
+                continue
+            surest = digits.images[read[confidence[read].argmax()]]
+            doubtful = read[confidence[read].argmin()]
+            least = f"{confidence[doubtful] * 100:.0f} %, is a {digits.labels[doubtful]}"
+            wall.show(0, digit, digits.images[read].mean(0), f"{digit}", 11)
+            wall.show(1, digit, surest, f"{confidence[read].max() * 100:.1f} %", 8)
+            wall.show(2, digit, digits.images[doubtful], least, 8)
+            wall.show(3, digit, surest, "", 8)
+            wall.overlay(3, digit, map_saliency(model, surest[None])[0])
     return png.getvalue()
-
-
-def _overlay(axes: "Axes", saliency: Floats) -> None:
-    share = np.clip(saliency / max(float(saliency.max()), 1e-12), 0, 1)
-    red = np.zeros((SIDE, SIDE, 4))
-    red[..., 0], red[..., 1] = 1.0, 0.25
-    red[..., 3] = share * 0.85
-    axes.imshow(red, interpolation="bilinear")

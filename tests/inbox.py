@@ -19,6 +19,8 @@ class Inbox(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.received: list[dict[str, Any]] = []
+        self.times: list[float] = []
+        """When each was received, seconds since the epoch."""
         self.paths: list[str] = []
 
     def address(self, answer: str) -> str:
@@ -26,6 +28,18 @@ class Inbox(ThreadingHTTPServer):
 
     def subjects(self) -> list[str]:
         return [message["subject"] for message in self.received]
+
+    def failures(self, run: str) -> list[dict[str, Any]]:
+        """Return the messages that call a flow run failed."""
+        return [m for m in self.received if m.get("run") == run and m["type"] == "failure"]
+
+    def find(self, subject: str, seconds: float) -> dict[str, Any]:
+        """Wait for the message of that subject; others may come before it."""
+        deadline = time.monotonic() + seconds
+        while subject not in self.subjects():
+            assert time.monotonic() < deadline, f"received only {self.subjects()}"
+            time.sleep(0.2)
+        return self.received[self.subjects().index(subject)]
 
     def wait_for(self, messages: int, seconds: float) -> list[str]:
         deadline = time.monotonic() + seconds
@@ -44,6 +58,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path.startswith("/hang/"):
             time.sleep(60)
         if self.path.startswith("/take/"):
+            self.server.times.append(time.time())
             self.server.received.append(json.loads(content))
         self.send_response(200 if self.path.startswith("/take/") else 500)
         self.end_headers()

@@ -9,6 +9,8 @@ from deployments.services import Stack
 ALLOWED = {
     r"\| (Flow|Task) run '": "a run's own log, which the worker copies: tests plant faults in runs",
     r"Dir\.Remove not empty": "rclone tries to remove the folder of each removed object",
+    r"UNIQUE constraint failed: concurrency_limit_v2.name": "two runs make one lock: Prefect "
+    "answers 409 to the later one, which then finds it",
     r"database is locked": "SQLite on a busy machine: Prefect answers 503, and its clients repeat",
 }
 """Patterns of errors that are expected, each with the reason."""

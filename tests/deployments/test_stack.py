@@ -133,6 +133,7 @@ def answers(address: str) -> bool:
 
 
 def command_line(stack: Stack, command: str) -> subprocess.Popen[str]:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # else in a shell's background: ignored
     ports = {f"STACK_{k.upper()}_PORT": str(v) for k, v in vars(stack.ports).items()}
     return subprocess.Popen(
         [sys.executable, "-m", "deployments.stack", command],
@@ -180,11 +181,16 @@ def test_s3_refuses_a_stranger(up: Stack) -> None:
     assert answer.is_client_error
 
 
+def eldest(stack: Stack) -> dict[str, psutil.Process]:
+    """Return the process that each service began with; what it starts itself comes and goes."""
+    return {name: process for process, name in reversed(processes.find(stack.root).items())}
+
+
 def test_a_second_up_finds_everything_there(up: Stack, said: list[str]) -> None:
-    before, automations = processes.find(up.root), api(up, "/automations/filter", {})
+    before, automations = eldest(up), api(up, "/automations/filter", {})
     start(up, say=said.append)
     assert said == ["already running: S3 server, MLflow server, Prefect server, worker, keeper"]
-    assert processes.find(up.root) == before
+    assert eldest(up) == before
     assert api(up, "/automations/filter", {}) == automations
     names = [automation["name"] for automation in automations]
     assert names == ["crash-runs-that-never-start", "crash-silent-runs"]

@@ -17,9 +17,9 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from deployments import notify, processes
 from deployments.services import worker
 from deployments.stack import PROJECT, Ports, Stack, environment, start, stop
-from tests.faults.inbox import Inbox
 from tests.faults.plant import Plants
 from tests.faults.proxy import HOST, Kind, Mode, Proxy
+from tests.inbox import Inbox, open_inbox
 
 PATIENCE_SECONDS = 120
 """How long tasks wait for a service; an outage of the table lasts some seconds."""
@@ -135,7 +135,7 @@ def opened(root: Path) -> Iterator[Bench]:
     while set(vars(ports).values()) & set(vars(proxy_ports).values()):
         proxy_ports = Ports.free()
     stack = ProxiedStack(root, ports, proxy_ports)
-    plants, inbox = Plants(root / "faults"), Inbox()
+    plants = Plants(root / "faults")
     proxies: dict[Kind, Proxy] = {
         "s3": Proxy("s3", stack.proxies.s3, ports.s3),
         "mlflow": Proxy("mlflow", stack.proxies.mlflow, ports.mlflow),
@@ -149,17 +149,17 @@ def opened(root: Path) -> Iterator[Bench]:
     with (
         temporary_variables(direct | hooks),
         temporary_settings({PREFECT_API_URL: direct["PREFECT_API_URL"]}),
+        open_inbox() as inbox,
     ):
         try:
             start(stack, deploy=PROJECT / "deployments" / "prefect.yaml", say=_quiet)
             with get_client(sync_client=True) as prefect:
-                notify.add(prefect, inbox.address)
+                notify.add(prefect, inbox.address("take"))
                 yield Bench(stack, proxies, plants, inbox, prefect)
         finally:
             stop(stack, say=_quiet)
             for proxy in proxies.values():
                 proxy.close()
-            inbox.close()
 
 
 def _quiet(_sentence: str) -> None:

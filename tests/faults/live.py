@@ -432,6 +432,7 @@ def _record(life: Life, ended: float, retained: Sizes) -> Record:
     history = read_history(store, MODEL, versions, restore=False)
     _, unexplained = trace(history.moves, read_model(MODEL).aliases.get("champion"))
     flows = {flow.id: flow.name for flow in life.bench.prefect.read_flows()}
+    inbox = life.bench.inbox
     return Record(
         seed=life.year.seed,
         weeks=life.year.weeks,
@@ -455,8 +456,8 @@ def _record(life: Life, ended: float, retained: Sizes) -> Record:
         ],
         history_problems=[*history.problems, *unexplained],
         messages=[
-            MessageSeen(when=message.when, fields=message.fields)
-            for message in life.bench.inbox.messages
+            MessageSeen(when=when, fields={name: str(text) for name, text in fields.items()})
+            for when, fields in zip(inbox.times, list(inbox.received), strict=False)
         ],
         acts=life.acts,
         sizes=life.sizes,

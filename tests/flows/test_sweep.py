@@ -4,6 +4,7 @@ import time
 
 from prefect import flow
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 from prefect.client.schemas.objects import FlowRun
 
 from deployments.drop import drop
@@ -16,8 +17,9 @@ from tasks.sweep import start_ingests
 
 
 def ingests_of(*datasets: str) -> list[FlowRun]:
+    ingest = FlowFilter(name=FlowFilterName(any_=["ingest"]))  # a training follows what it accepts
     with get_client(sync_client=True) as prefect:
-        runs = prefect.read_flow_runs()
+        runs = prefect.read_flow_runs(flow_filter=ingest)
     return [run for run in runs if run.parameters.get("dataset") in datasets]
 
 

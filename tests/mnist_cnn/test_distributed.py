@@ -48,7 +48,10 @@ def _workers() -> list[psutil.Process]:
     """Those of the launcher's children that train, oldest first."""
     found = []
     for process in psutil.Process().children(recursive=True):
-        words = process.cmdline()
+        try:
+            words = process.cmdline()
+        except psutil.NoSuchProcess:  # another test's, which has just ended
+            continue
         if "mnist_cnn.distributed" in words and "torch.distributed.run" not in words:
             found.append(process)
     return sorted(found, key=lambda process: process.pid)
