@@ -133,7 +133,7 @@ def answers(address: str) -> bool:
 
 
 def command_line(stack: Stack, command: str) -> subprocess.Popen[str]:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # else in a shell's background: ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
     ports = {f"STACK_{k.upper()}_PORT": str(v) for k, v in vars(stack.ports).items()}
     return subprocess.Popen(
         [sys.executable, "-m", "deployments.stack", command],

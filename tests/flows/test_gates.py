@@ -19,7 +19,8 @@ PLACE = "s3://mnist-retraining/tests/gates"
 
 @pytest.fixture(scope="module")
 def champion(stack: Stack) -> Iterator[None]:
-    assert train("digits", store=PLACE, return_state=True).name == "Promoted"
+    quick = {"preset": "quick"}
+    assert train("digits", quick, store=PLACE, return_state=True).name == "Promoted"
     yield
     MlflowClient().delete_registered_model("digits-cnn")
 
