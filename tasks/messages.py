@@ -73,6 +73,8 @@ class EndedRun:
     since: datetime
     url: str
     dataset: str | None
+    attempt: int = 1
+    """How often the run began: a person who repeats it wants to know how that ended."""
     summary: RunSummary | None = None
 
 
@@ -143,7 +145,7 @@ def key_of(run: EndedRun, now: datetime) -> str | None:
         return None
     if run.state == "History broken":
         return _history_key(_model(run), run.reason)
-    return f"{run.id}-failed" if run.type in {"FAILED", "CRASHED"} else None
+    return f"{run.id}-failed-{run.attempt}" if run.type in {"FAILED", "CRASHED"} else None
 
 
 def about_run(run: EndedRun, key: str) -> Message:

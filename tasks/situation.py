@@ -189,6 +189,7 @@ def _ended(
         since=run.state.timestamp,
         url=url_for("flow-run", obj_id=run.id) or "",
         dataset=dataset if isinstance(dataset, str) else None,
+        attempt=run.run_count,
     )
     return ended, given
 

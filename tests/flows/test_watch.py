@@ -110,7 +110,7 @@ def test_a_run_that_failed_is_told_once_and_the_address_stands_nowhere(
     again = run_deployment("watch/always", timeout=0)
     assert ended(prefect, again).state.name in {"Watched", "Overtaken"}
     assert inbox.subjects().count("Failed: ingest of digits") == 1
-    kept = record(Store(DEFAULT_STORE), f"{failed.id}-failed")
+    kept = record(Store(DEFAULT_STORE), f"{failed.id}-failed-{failed.run_count}")
     assert len(kept.taken) == 1
     assert kept.owed == ["custom-webhook/retraining-refusing"]
     assert_nowhere(stack, prefect)

@@ -57,6 +57,12 @@ def test_what_people_have_to_know_is_a_message(state: str, kind: str, subject: s
     assert subjects(run(state, kind)) == [subject]
 
 
+def test_a_run_that_a_person_repeated_and_that_failed_again_is_told_again() -> None:
+    first, second = run("Failed", "FAILED"), run("Failed", "FAILED", attempt=2)
+    assert len({message.key for message in compose(Situation(now=NOW, runs=(first, second)))}) == 2
+    assert len(subjects(first, first)) == 1
+
+
 @pytest.mark.parametrize(
     "state",
     [
@@ -183,7 +189,7 @@ def test_batches_that_were_put_aside_together_are_one_message_for_each_data_set(
 
 def test_the_keys_of_messages_tell_which_batches_people_know() -> None:
     keys = [key_of_batches("mnist", 7), key_of_batches("mnist", 12), key_of_batches("my-set", 3)]
-    assert last_batches([*keys, "b3c1-failed"]) == {"mnist": 12, "my-set": 3}
+    assert last_batches([*keys, "b3c1-failed-1"]) == {"mnist": 12, "my-set": 3}
 
 
 def training(**days: float | None) -> Training:
