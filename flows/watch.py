@@ -9,6 +9,7 @@ from tasks.attempt import TimeLimit, in_time
 from tasks.messages import WATCH_FLOW
 from tasks.notifications import notify_of_histories, notify_people
 from tasks.recovery import recover_runs
+from tasks.schedules import restore_schedules
 from tasks.storage import DEFAULT_STORE
 from tasks.turn import OVERTAKEN, take_turn
 
@@ -16,7 +17,7 @@ from tasks.turn import OVERTAKEN, take_turn
 @flow(name=WATCH_FLOW, flow_run_name="look after {store}")
 @in_time
 def watch(store: str = DEFAULT_STORE, time_limit_minutes: TimeLimit = 60) -> State[object]:
-    """Resume the runs that died, and tell people what happened and what is wrong.
+    """Resume the runs that died, mend schedules, and tell people what happened and what is wrong.
 
     Args:
         store: Where the messages that were sent are recorded.
@@ -26,5 +27,6 @@ def watch(store: str = DEFAULT_STORE, time_limit_minutes: TimeLimit = 60) -> Sta
     resumed = recover_runs()
     if overtaken := take_turn({"dataset": None, "store": store}):
         return Completed(name=OVERTAKEN, message=overtaken)
-    done = [*resumed, *notify_people(store), *notify_of_histories(store)]
+    done = [*resumed, *restore_schedules(store)]
+    done += [*notify_people(store), *notify_of_histories(store)]
     return Completed(name=WATCHED, message="; ".join(done) or "nothing to do")

@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from prefect import flow
 
 from deployments.due import Ask, read_due, table
 from deployments.stack import Stack, prefect_api
+from tasks.schedules import restore_schedules
+from tasks.storage import Store
 
 SECONDS = 15
 
@@ -59,3 +62,31 @@ def test_the_table_shows_when_the_week_is_due(ask: Ask) -> None:
     assert weekly.when
     assert weekly.when.weekday() == 0
     assert re.search(r"weekly +mnist +Monday \d\d \w+ \d{4}, 03:00 Etc/UTC, in \d", table([weekly]))
+
+
+def test_a_schedule_that_was_switched_in_the_ui_is_about_its_data_set_again(
+    ask: Ask, store: Store
+) -> None:
+    path = f"/deployments/{ask('GET', '/deployments/name/train/weekly', None)['id']}/schedules"
+
+    def read() -> dict[str, Any]:
+        (found,) = (each for each in ask("GET", path, None) if each["slug"] == "switched")
+        return found
+
+    @flow
+    def mend() -> list[str]:
+        return restore_schedules(store.address)
+
+    wanted = {"schedule": {"cron": "0 3 * * 1"}, "slug": "switched"}
+    (made,) = ask("POST", path, [{**wanted, "parameters": {"dataset": "switched"}}])
+    try:
+        ask("PATCH", f"{path}/{made['id']}", {"active": False})  # as the UI does
+        assert read()["parameters"] == {}, "the server forgets no more: drop tasks/schedules.py"
+        assert mend() == []  # nobody says that it is a data set
+        store.put("datasets/switched/base.json", b"{}")
+        (sentence,) = mend()
+        assert "switched" in sentence
+        assert (read()["parameters"], read()["active"]) == ({"dataset": "switched"}, False)
+        assert mend() == []
+    finally:
+        ask("DELETE", f"{path}/{made['id']}", None)
