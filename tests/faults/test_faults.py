@@ -11,7 +11,7 @@ from tests.faults.stages import STAGES
 from tests.faults.table import FAULTS, Outcome, Pair, choose_pairs, line, run_pair, summary
 
 SEED = int(os.environ.get("FAULTS_SEED") or 0)
-PAIRS = choose_pairs(SEED, 4)
+PAIRS = choose_pairs(SEED, 2)
 
 
 @pytest.fixture(scope="module")

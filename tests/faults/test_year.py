@@ -1,4 +1,4 @@
-"""The plan and the judgement of a year, and a short one on real servers."""
+"""The plan, the judgement and the picture of a year; `make year` lives one."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +19,6 @@ from tests.faults.record import (
     StateSeen,
     Whereabouts,
 )
-from tests.faults.year import live_year, report
 
 PROMISES = {
     "no week missed",
@@ -179,9 +178,3 @@ def test_a_plan_is_the_same_for_the_same_seed_and_has_two_faults_a_week() -> Non
 def test_a_picture_is_drawn(record: Record, tmp_path: Path) -> None:
     draw(record, tmp_path / "year.png")
     assert (tmp_path / "year.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_short_year_on_real_servers_keeps_its_promises(tmp_path: Path) -> None:
-    record = live_year(tmp_path / "stack", seed=1, weeks=3, interval=45.0)
-    draw(record, tmp_path / "year.png")
-    assert broken(record) == set(), report(check(record))
