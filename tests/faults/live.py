@@ -1,10 +1,13 @@
 """Live through a planned year on real servers, and record what happens."""
 
+import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from threading import Lock
 from typing import Any
 from uuid import UUID
@@ -72,9 +75,16 @@ from tests.faults.record import (
 DATASET = "year"
 MODEL = f"{DATASET}-cnn"
 _LOOK_SECONDS = 1.0
+_SCHEDULING_SECONDS = 90.0
+"""Within which the scheduler has made the runs of a new schedule."""
 _END_SECONDS = 600.0
 """After the last week, until every run must have ended."""
 _REVIVED_SECONDS = 180.0
+_AGE = """
+UPDATE flow_run_state
+SET timestamp = strftime('%Y-%m-%d %H:%M:%f', timestamp, '-1 hour')
+WHERE type = 'SCHEDULED'
+"""
 _WATCH_TAG = "watch"
 _PAGE = 200
 _ACTIVE = [
@@ -121,9 +131,10 @@ class Life:
 def live(bench: Bench, year: Year, interval: float) -> Record:
     """Begin a data set, let the schedule run its weeks, and do to it what the plan says."""
     begin(DATASET, PARTS)
-    life = Life(bench, year, interval, begun=time.time() + interval)
+    life = Life(bench, year, interval, begun=time.time() + max(interval, _SCHEDULING_SECONDS))
     life.locks = {name: Lock() for name in ("machine", "s3", "mlflow", "prefect")}
     schedules = _schedule(life)
+    _age_schedule(life)
     agenda = sorted(_agenda(life), key=lambda entry: entry[0])
     end = life.begun + year.weeks * interval
     with ThreadPoolExecutor(16, "year") as hands:
@@ -136,6 +147,7 @@ def live(bench: Bench, year: Year, interval: float) -> Record:
             hands.submit(_try, life, remaining[1])
     _try(life, lambda: _stop_schedules(bench, schedules))
     _wait_for_the_end(life)
+    life.sizes.append(_sizes(bench))
     ended = time.time()
     return _record(life, ended, _retain(life))
 
@@ -201,6 +213,26 @@ def _schedule(life: Life) -> list[tuple[Any, Any]]:
         (ours,) = life.bench.prefect.create_deployment_schedules(found.id, [entry])
         made.append((found.id, ours.id))
     return made
+
+
+def _age_schedule(life: Life) -> None:
+    """Let the scheduled runs have been made an hour ago, as those of a real week are days before.
+
+    Prefect lets the events of a run that was scheduled less than five minutes before it began wait
+    for the event of its scheduling, which a scheduler never sends, for fifteen minutes.
+    """
+    while not any(run.auto_scheduled and "training" in run.tags for run in _runs(life.bench)):
+        if time.time() > life.begun:
+            raise RuntimeError("the scheduler has made no run before the first was due")
+        time.sleep(_LOOK_SECONDS)
+    with closing(sqlite3.connect(prefect_database(life.bench), timeout=30)) as database:
+        database.execute(_AGE)
+        database.commit()
+
+
+def prefect_database(bench: Bench) -> Path:
+    """Return the path of the database of Prefect's server."""
+    return bench.stack.root / "prefect-home" / "prefect.db"
 
 
 def _stop_schedules(bench: Bench, schedules: list[tuple[Any, Any]]) -> None:
@@ -416,7 +448,7 @@ def _sizes(bench: Bench) -> Sizes:
                 memory[name] += process.memory_info().rss
             except psutil.NoSuchProcess:  # it was just killed
                 continue
-    databases = {"mlflow": root / "mlflow.db", "prefect": root / "prefect-home" / "prefect.db"}
+    databases = {"mlflow": root / "mlflow.db", "prefect": prefect_database(bench)}
     files = (root / "s3" / BUCKET).rglob("*")
     return Sizes(
         when=time.time(),
