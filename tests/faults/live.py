@@ -1,10 +1,11 @@
 """Live through a planned year on real servers, and record what happens."""
 
+import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -449,13 +450,22 @@ def _sizes(bench: Bench) -> Sizes:
             except psutil.NoSuchProcess:  # it was just killed
                 continue
     databases = {"mlflow": root / "mlflow.db", "prefect": prefect_database(bench)}
-    files = (root / "s3" / BUCKET).rglob("*")
     return Sizes(
         when=time.time(),
-        store=sum(path.stat().st_size for path in files if path.is_file()),
+        store=_size_of(root / "s3" / BUCKET),
         databases={n: path.stat().st_size for n, path in databases.items() if path.exists()},
         memory=memory,
     )
+
+
+def _size_of(folder: Path) -> int:
+    """Return the bytes of all files under a folder, in which others write and remove."""
+    size = 0
+    for place, _, names in os.walk(folder):  # which passes over a folder that is gone
+        for name in names:
+            with suppress(FileNotFoundError):
+                size += Path(place, name).stat().st_size
+    return size
 
 
 def _record(life: Life, ended: float, retained: Sizes) -> Record:
