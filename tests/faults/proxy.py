@@ -161,7 +161,7 @@ class Proxy:
             if self.mode == "truncated":
                 writer.write(piece[: min(_TRUNCATED_BYTES, len(piece) - 1)])
                 await writer.drain()
-                return
+                break
             writer.write(piece)
             await writer.drain()
         writer.write_eof()
