@@ -27,8 +27,9 @@ notify: override export URL := $(value URL)
 notify: $(STAMP) ## who is told: make notify URL=… adds an address, without URL it lists them
 	$(BIN)/python -m deployments.notify
 
-# Two processes, each with servers of its own; a third takes the cores from them and is no faster. With one thread each,
-# because threads that wait for each other's core make training up to forty times slower.
+# Two processes, each with servers of its own; a third takes the cores from them and is no faster.
+# With one thread each, because threads that wait for each other's core make training up to forty
+# times slower.
 test: $(STAMP) ## everything that the tests need, and the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
 

@@ -17,7 +17,7 @@ from tasks.turn import OVERTAKEN, take_turn
 @flow(name=WATCH_FLOW, flow_run_name="look after {store}")
 @in_time
 def watch(store: str = DEFAULT_STORE, time_limit_minutes: TimeLimit = 60) -> State[object]:
-    """Resume the runs that died, mend schedules, and tell people what happened and what is wrong.
+    """Resume the runs that died, tell people what happened and what is wrong, mend schedules.
 
     Args:
         store: Where the messages that were sent are recorded.
@@ -27,6 +27,6 @@ def watch(store: str = DEFAULT_STORE, time_limit_minutes: TimeLimit = 60) -> Sta
     resumed = recover_runs()
     if overtaken := take_turn({"dataset": None, "store": store}):
         return Completed(name=OVERTAKEN, message=overtaken)
-    done = [*resumed, *restore_schedules(store)]
-    done += [*notify_people(store), *notify_of_histories(store)]
+    done = [*resumed, *notify_people(store), *notify_of_histories(store)]
+    done += restore_schedules(store)  # last: if it fails, people have been told
     return Completed(name=WATCHED, message="; ".join(done) or "nothing to do")

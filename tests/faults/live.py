@@ -226,12 +226,12 @@ def _age_schedule(life: Life) -> None:
         if time.time() > life.begun:
             raise RuntimeError("the scheduler has made no run before the first was due")
         time.sleep(_LOOK_SECONDS)
-    with closing(sqlite3.connect(prefect_database(life.bench), timeout=30)) as database:
+    with closing(sqlite3.connect(_prefect_database(life.bench), timeout=30)) as database:
         database.execute(_AGE)
         database.commit()
 
 
-def prefect_database(bench: Bench) -> Path:
+def _prefect_database(bench: Bench) -> Path:
     """Return the path of the database of Prefect's server."""
     return bench.stack.root / "prefect-home" / "prefect.db"
 
@@ -449,7 +449,7 @@ def _sizes(bench: Bench) -> Sizes:
                 memory[name] += process.memory_info().rss
             except psutil.NoSuchProcess:  # it was just killed
                 continue
-    databases = {"mlflow": root / "mlflow.db", "prefect": prefect_database(bench)}
+    databases = {"mlflow": root / "mlflow.db", "prefect": _prefect_database(bench)}
     return Sizes(
         when=time.time(),
         store=_size_of(root / "s3" / BUCKET),
