@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from urllib.parse import parse_qs, urlsplit
 from uuid import uuid4
 
-import mlflow
 import pytest
 from mlflow import MlflowClient
 from prefect.client.orchestration import get_client
@@ -164,7 +163,6 @@ def test_an_alias_that_somebody_moves_by_hand_is_told_until_it_is_back(
     stack: Stack, kept: str
 ) -> None:
     name, store = f"test-{uuid4().hex[:8]}-cnn", Store(DEFAULT_STORE)
-    mlflow.set_tracking_uri(stack.mlflow_url)
     make_champion(name, replaces=make_champion(name))
     if kept != "confirmed":
         for confirmation in store.names(f"models/{name}/carried-out/"):

@@ -5,7 +5,6 @@ import sys
 from contextlib import suppress
 from uuid import UUID, uuid4
 
-import mlflow
 import pytest
 from mlflow import MlflowClient
 from prefect.client.orchestration import get_client
@@ -86,7 +85,6 @@ def test_a_run_killed_before_any_write_goes_on_to_what_was_asked_and_a_retry_cha
 ) -> None:
     prepare, parameters, writes, ended, aliases = ASKED[flow_name]
     flow = getattr(promote, flow_name)
-    mlflow.set_tracking_uri(stack.mlflow_url)
     names = [f"test-{uuid4().hex[:8]}-cnn" for _ in range(writes + 1)]
     for name in names:
         prepare(name)
@@ -118,7 +116,6 @@ def test_a_rollback_that_is_resumed_goes_to_the_version_that_was_previous_when_i
     stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = f"test-{uuid4().hex[:8]}-cnn"
-    mlflow.set_tracking_uri(stack.mlflow_url)
     two_champions(name)
 
     def out_of_memory(*_: object) -> float:
@@ -138,7 +135,6 @@ def test_a_rollback_that_somebody_undid_since_is_not_done_again(
 ) -> None:
     """Its run died after the move: the outcome is not on record, the move is."""
     name = f"test-{uuid4().hex[:8]}-cnn"
-    mlflow.set_tracking_uri(stack.mlflow_url)
     two_champions(name)
     monkeypatch.setattr("flows.promote.try_version", lambda *_: 0.99)
     first = create_run(promote.roll_back, model=name, **ADA)

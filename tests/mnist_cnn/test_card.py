@@ -295,25 +295,21 @@ def test_the_snippet_runs_as_printed(
     address = f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     monkeypatch.chdir(tmp_path)
-    mlflow.set_tracking_uri(address)
     mlflow.set_experiment("snippet")  # else that of another test, which this server has not
     torch.manual_seed(0)
     model = DigitCNN().eval()
-    try:
-        with mlflow.start_run():
-            mlflow.pytorch.log_model(
-                model,
-                name="model",
-                registered_model_name="mnist-cnn",
-                pip_requirements=["torch"],
-                # The exported graph needs none of our code to load; the example's batch of two
-                # keeps the exporter from freezing a batch of one.
-                serialization_format="pt2",
-                input_example=np.zeros((2, SIDE, SIDE), np.uint8),
-            )
-        mlflow.MlflowClient().set_registered_model_alias("mnist-cnn", "champion", "1")
-    finally:
-        mlflow.set_tracking_uri(None)
+    with mlflow.start_run():
+        mlflow.pytorch.log_model(
+            model,
+            name="model",
+            registered_model_name="mnist-cnn",
+            pip_requirements=["torch"],
+            # The exported graph needs none of our code to load; the example's batch of two
+            # keeps the exporter from freezing a batch of one.
+            serialization_format="pt2",
+            input_example=np.zeros((2, SIDE, SIDE), np.uint8),
+        )
+    mlflow.MlflowClient().set_registered_model_alias("mnist-cnn", "champion", "1")
     Image.fromarray(splits[1].images[0]).save(tmp_path / "digit.png")
     snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     done = subprocess.run(

@@ -78,9 +78,7 @@ def server(stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     server = Server(stack, tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    mlflow.set_tracking_uri(server.address)
     yield server
-    mlflow.set_tracking_uri(stack.mlflow_url)
     server.close()
 
 
@@ -157,13 +155,10 @@ def test_a_model_is_not_called_unusable_because_mlflow_is_away(
     stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     version = make_champion(f"test-{uuid4().hex[:8]}-cnn")
-    mlflow.set_tracking_uri(NOWHERE)
-    try:
-        for use in (load_model, digest_artifacts):
-            with pytest.raises(RegistryUnreachable, match=f"of {version.model} could not be read"):
-                use(version.model)
-    finally:
-        mlflow.set_tracking_uri(stack.mlflow_url)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", NOWHERE)
+    for use in (load_model, digest_artifacts):
+        with pytest.raises(RegistryUnreachable, match=f"of {version.model} could not be read"):
+            use(version.model)
 
 
 def test_a_model_whose_files_are_gone_or_that_was_never_there_is_unusable(stack: Stack) -> None:
@@ -192,7 +187,6 @@ def test_a_task_gives_up_when_its_patience_ends(
 ) -> None:
     monkeypatch.setenv("RETRAINING_PATIENCE_SECONDS", "1")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", NOWHERE)
-    mlflow.set_tracking_uri(NOWHERE)
 
     @flow
     def looking() -> None:

@@ -41,7 +41,6 @@ ADA = Account(who="Ada", why="I looked at the pictures")
 
 @pytest.fixture
 def name(stack: Stack) -> str:
-    mlflow.set_tracking_uri(stack.mlflow_url)
     return f"test-{uuid4().hex[:8]}-cnn"
 
 
@@ -82,9 +81,9 @@ def test_a_model_without_the_alias_has_no_champion(candidate: Candidate) -> None
 
 
 def test_a_registry_that_cannot_be_read_is_not_an_empty_one(
-    candidate: Candidate,
+    candidate: Candidate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mlflow.set_tracking_uri("http://127.0.0.1:1")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     with pytest.raises(RegistryError, match=r"could not be read .* nothing is promoted"):
         find_champion.fn(candidate.name)
 

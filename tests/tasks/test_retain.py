@@ -119,7 +119,6 @@ def kept(store: Store) -> list[str]:
 def test_the_flow_removes_what_it_listed_and_nothing_that_is_needed(
     stack: Stack, store: Store, long_ago: None
 ) -> None:
-    mlflow.set_tracking_uri(stack.mlflow_url)
     name = f"retained-{stack.ports.mlflow}-cnn-{datetime.now(UTC):%H%M%S}"
     lost, champion = (make_version(name, verdict) for verdict in ("keep", "keep"))
     MlflowClient().set_registered_model_alias(name, "champion", "2")
