@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import cache
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from botocore.loaders import Loader
     from mypy_boto3_s3 import S3Client
 
 STORE_VARIABLE = "RETRAINING_STORE"
@@ -267,6 +269,7 @@ class Store:
 def _connect() -> "S3Client":
     from boto3.session import Session  # noqa: PLC0415
     from botocore.config import Config  # noqa: PLC0415
+    from botocore.session import get_session  # noqa: PLC0415
 
     patience = Config(
         connect_timeout=5,
@@ -275,4 +278,14 @@ def _connect() -> "S3Client":
         signature_version="s3v4",  # boto3 still signs links with version 2 if it is not told
     )
     # A session of its own: boto3's default one would keep the first credentials that it ever saw.
-    return Session().client("s3", config=patience)
+    session = get_session()
+    session.register_component("data_loader", _loader())
+    return Session(botocore_session=session).client("s3", config=patience)
+
+
+@cache
+def _loader() -> "Loader":
+    """Return the reader of botocore's descriptions of S3, which takes longer than all else here."""
+    from botocore.loaders import create_loader  # noqa: PLC0415
+
+    return create_loader()
