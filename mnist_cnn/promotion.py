@@ -66,6 +66,9 @@ Verdict = Literal["promote", "keep", "needs-approval"]
 Kind = Literal["policy", "floor", "loss", "evidence", "benefit", "offer"]
 Outcomes = NDArray[np.bool_]
 
+_GAIN, _SUPERIOR, _NEWER = "gain seen overall", "superior overall", "newer training data"
+"""The checks of kind `benefit`."""
+
 FACTOR_FLOORS = {
     "slant=-15": 0.95,
     "slant=15": 0.95,
@@ -534,7 +537,7 @@ def _against(
 def _gain(overall: Comparison) -> Check:
     seen = overall.difference > 0
     return Check(
-        name="gain seen overall",
+        name=_GAIN,
         kind="benefit",
         observed=overall.difference,
         threshold=0,
@@ -548,7 +551,7 @@ def _superiority(overall: Comparison, level: float) -> Check:
     p = p_not_better(Paired(overall.images, overall.gains, overall.losses))
     verb = "is" if p <= level else "is not"
     return Check(
-        name="superior overall",
+        name=_SUPERIOR,
         kind="benefit",
         observed=p,
         threshold=level,
@@ -568,7 +571,7 @@ def _newer(candidate: Scored, champion: Scored) -> Check:
         there, here = (f"until {at}" if at else "without any batch" for at in (theirs, ours))
         sentence = f"the champion {verb} trained on older data: {there}, candidate {here}"
     return Check(
-        name="newer training data",
+        name=_NEWER,
         kind="benefit",
         observed=float(newer),
         threshold=1,
@@ -647,7 +650,8 @@ def _conclude(checks: list[Check], champion: Scored | None) -> tuple[Verdict, st
         return "keep", "; ".join(barred)
     if not champion:
         return "promote", "there is no champion yet, and the candidate keeps every floor"
-    seen, superior, newer = [check for check in checks if check.kind == "benefit"]
+    named = {check.name: check for check in checks}
+    seen, superior, newer = named[_GAIN], named[_SUPERIOR], named[_NEWER]
     unproved = [check.sentence for check in broken if check.kind == "evidence"]
     speaks_against = [check.sentence for check in broken if check.kind == "offer"]
     verdict: Verdict = "needs-approval"

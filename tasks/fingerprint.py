@@ -113,10 +113,10 @@ def find_repeat(champion: ModelVersion | None, ours: Fingerprint) -> str | None:
 
 
 @cache
-def digest_code() -> str:
-    """Return the SHA-256 of the project's own code and templates."""
+def digest_code(*rooms: str) -> str:
+    """Return the SHA-256 of the code and templates of some of our rooms, by default all."""
     root, total = Path(__file__).parents[1], hashlib.sha256()
-    for room in _ROOMS:
+    for room in rooms or _ROOMS:
         for file in sorted((root / room).rglob("*")):
             if file.is_file() and file.suffix != ".pyc":
                 total.update(f"{file.relative_to(root).as_posix()}\0".encode())

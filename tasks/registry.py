@@ -253,16 +253,18 @@ def fix_rollback(
     """
     fixed = read_record(Store(store), _ROLLBACK, Rollback) or _begun_rollback(name)
     if fixed is None:
-        target, champion = find_rollback(name, number)
+        target, champion = find_rollback(name, number, store)
         fixed = Rollback(target=target, replaces=champion)
         write_record(Store(store), _ROLLBACK, fixed)
     return fixed.target, fixed.replaces
 
 
-def find_rollback(name: str, number: int | None) -> tuple[ModelVersion, ModelVersion | None]:
+def find_rollback(
+    name: str, number: int | None, store: str
+) -> tuple[ModelVersion, ModelVersion | None]:
     """Return the version to roll back to, `previous` if none is named, and today's champion.
 
-    Raises Refused for a version that is unknown, half registered, or was never promoted.
+    Raises Refused for a version that is unknown, half registered, or was never champion.
     """
     with asking(f"the versions of {name}"):
         aliases = read_model(name).aliases
@@ -278,14 +280,12 @@ def find_rollback(name: str, number: int | None) -> tuple[ModelVersion, ModelVer
                 "was promoted once (promote/history lists them)"
             )
         version = read_version(name, int(chosen))
-        approved = any(
-            move.action == "approve" and move.to_version == chosen for move in moves_of(version)
-        )
-        if version.tags["verdict"] != "promote" and not approved:
+        moves = _carried_out(name, read_versions(name), Store(store))
+        if not any(move.action != "reject" and move.to_version == chosen for move in moves):
             raise Refused(
-                f"version {chosen} of {name} was never promoted (it was judged "
+                f"version {chosen} of {name} was never champion (it was judged "
                 f"{version.tags['verdict']!r}: {version.tags.get('reason', 'no reason given')}); "
-                "name one that was, or retrain"
+                "name one that was (promote/history lists them), or retrain"
             )
         demand_same_artifacts(version)
         return describe(version), find_version(name, CHAMPION)
@@ -475,11 +475,14 @@ def _append(name: str, number: str, text: str) -> None:
 
 
 def _git_commit() -> str:
-    """Return the commit that this code was checked out from, or `GIT_COMMIT` in an image."""
+    """Return the commit that this code was checked out from, or `GIT_COMMIT` in an image.
+
+    It ends in `-dirty` if files were edited since.
+    """
     if given := os.environ.get("GIT_COMMIT"):
         return given
     answer = subprocess.run(
-        ["git", "rev-parse", "HEAD"],  # noqa: S607 - git is wherever PATH has it
+        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],  # noqa: S607 - git is wherever PATH has it
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,

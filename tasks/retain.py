@@ -210,11 +210,13 @@ def _ended(store: Store) -> dict[str, datetime]:
     """
     prefixes = set[str]()
     for name in [*store.names("runs/"), *store.names("gate-check/")]:
-        root, run, *rest = name.split("/")
-        if root == "gate-check":
-            prefixes.add(f"gate-check/{run}/")
-        elif rest[0] == "checkpoints":
-            prefixes.add(f"runs/{run}/checkpoints/")
+        match name.split("/"):
+            case ["gate-check", run, *_]:
+                prefixes.add(f"gate-check/{run}/")
+            case ["runs", run, "checkpoints", *_]:
+                prefixes.add(f"runs/{run}/checkpoints/")
+            case _:  # of the run's record, which stays, or a marker of a folder
+                pass
     ended = dict[str, datetime]()
     with get_client(sync_client=True) as prefect:
         for prefix in prefixes:

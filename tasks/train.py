@@ -146,6 +146,7 @@ def train_model(
         )
         _log_onnx(training.model)
         model = _log_model(training.model)
+        mlflow.flush_async_logging()  # of the epochs: a run that has ended is complete
     show.done(
         f"{training.outcome}: {training.steps:,} steps in {training.seconds:.1f} s "
         f"on {training.device}"

@@ -14,6 +14,12 @@ from tasks.step import step
 from tasks.storage import Store
 
 
+def validation_folder(snapshot: Snapshot) -> str:
+    """Return where the verdict on a snapshot is kept, for as long as the expectations are these."""
+    judge = digest_code("expectations")[:16]
+    return f"datasets/{snapshot.dataset}/validations/{snapshot.digest}-{judge}"
+
+
 @step
 def validate_snapshot(snapshot: Snapshot) -> ValidatedSnapshot | RejectedSnapshot:
     """Judge both splits by their suites, store the result in S3, and pass or refuse the snapshot.
@@ -22,7 +28,7 @@ def validate_snapshot(snapshot: Snapshot) -> ValidatedSnapshot | RejectedSnapsho
     have said of the same snapshot before is read and not judged again.
     """
     logger, store = get_run_logger(), Store(snapshot.store)
-    folder = f"datasets/{snapshot.dataset}/validations/{snapshot.digest}-{digest_code()[:16]}"
+    folder = validation_folder(snapshot)
     passed, refused = f"{folder}/passed.json", f"{folder}/refused.json"
     if store.has(passed):
         logger.info("these expectations have passed this snapshot before")

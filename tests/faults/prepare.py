@@ -18,12 +18,12 @@ from mnist_cnn.promotion import PromotionPolicy
 from mnist_cnn.training import TrainingConfig
 from tasks import registry
 from tasks.batch_files import write_parquet
-from tasks.fingerprint import digest_code
 from tasks.history import Account
 from tasks.ledger import settle, write_base, write_verdict
 from tasks.records import ModelVersion, Snapshot, ValidatedSnapshot, Verdict
 from tasks.shards import extend_snapshot, write_shards, write_snapshot
 from tasks.storage import DEFAULT_STORE, Store
+from tasks.validate import validation_folder
 from tasks.versions import CHALLENGER, describe
 from tests.faults.bench import Bench
 
@@ -124,7 +124,7 @@ def grow(snapshot: Snapshot, batch: Digits) -> Snapshot:
 def pass_validation(snapshot: Snapshot) -> None:
     """Let a snapshot have been validated, which takes its time."""
     store = Store(DEFAULT_STORE)
-    folder = f"datasets/{snapshot.dataset}/validations/{snapshot.digest}-{digest_code()[:16]}"
+    folder = validation_folder(snapshot)
     report = store.put(f"{folder}/report.html", b"<p>planted</p>")
     passed = ValidatedSnapshot(snapshot=snapshot, report=report, expectations=1, warnings=[])
     store.put(f"{folder}/passed.json", passed.model_dump_json().encode())

@@ -91,7 +91,9 @@ def test_the_champion_says_where_it_came_from(first_run: FlowRun, summary: RunSu
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=PROJECT, capture_output=True, text=True, check=False
     )
-    assert tags["git_commit"] == (commit.stdout.strip() or "not a git checkout")
+    edited = subprocess.run(["git", "diff", "HEAD", "--quiet"], cwd=PROJECT, check=False).returncode
+    exact = commit.stdout.strip() + ("-dirty" if edited else "")
+    assert tags["git_commit"] == (exact if commit.stdout else "not a git checkout")
 
 
 def test_the_champion_loads_with_one_call_and_without_pickle(

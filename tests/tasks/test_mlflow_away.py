@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException, RestException
 from mlflow.protos.databricks_pb2 import ErrorCode
+from mlflow.store.tracking.rest_store import RestStore
 from prefect import flow
 from urllib3.exceptions import ProtocolError
 
@@ -213,6 +214,34 @@ def test_a_training_whose_mlflow_goes_away_at_its_end_is_finished_in_the_same_ml
     assert run.info.status == "FINISHED"
     assert run.data.tags["outcome"]
     assert load_model(candidate.model)
+
+
+def test_a_training_has_ended_only_when_every_epoch_is_in_mlflow(
+    server: Server, snapshot: ValidatedSnapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log_batch = RestStore.log_batch
+
+    def log_late(self: RestStore, *arguments: object, **named: object) -> None:
+        if threading.current_thread() is not main:
+            time.sleep(2)  # in the thread that sends while training goes on
+        log_batch(self, *arguments, **named)
+
+    main = threading.current_thread()
+    monkeypatch.setattr(RestStore, "log_batch", log_late)
+    seen: list[list[float]] = []
+    set_terminated = MlflowClient.set_terminated
+
+    def look_first(self: MlflowClient, run: str, *arguments: object, **named: object) -> None:
+        seen.append([metric.value for metric in self.get_metric_history(run, "train_loss")])
+        set_terminated(self, run, *arguments, **named)
+
+    monkeypatch.setattr(MlflowClient, "set_terminated", look_first)
+    monkeypatch.setattr("tasks.train._log_onnx", lambda _model: None)  # they take their time
+    monkeypatch.setattr("tasks.train._log_model", lambda _model: "models:/none")
+    candidate = training(QUICK, snapshot)
+    epochs = MlflowClient().get_metric_history(candidate.run_id, "train_loss")
+    assert [len(losses) for losses in seen] == [len(epochs)]
+    assert epochs
 
 
 def test_a_training_that_is_resumed_after_an_upgrade_gets_another_mlflow_run(

@@ -176,8 +176,18 @@ def test_a_rejected_version_can_neither_be_approved_nor_rolled_back_to(name: str
     reject(challenger)
     with pytest.raises(Refused, match="does not await approval, none does"):
         approve(challenger)
-    with pytest.raises(Refused, match=r"never promoted \(it was judged 'needs-approval'"):
-        find_rollback(name, 2)
+    with pytest.raises(Refused, match=r"never champion \(it was judged 'needs-approval'"):
+        find_rollback(name, 2, DEFAULT_STORE)
+
+
+def test_a_version_that_was_judged_promote_and_never_was_champion_is_refused(
+    name: str,
+) -> None:
+    """Its run died before the alias moved, or another champion came meanwhile."""
+    champion = make_champion(name)
+    register(make_candidate(name), "promote", champion)
+    with pytest.raises(Refused, match=r"version 2 of .* was never champion"):
+        find_rollback(name, 2, DEFAULT_STORE)
 
 
 def test_an_approval_is_stale_when_another_champion_came(name: str) -> None:
@@ -212,9 +222,9 @@ def test_an_approval_is_refused_when_the_artifacts_changed(name: str) -> None:
 def test_what_is_unknown_is_refused_by_name(name: str) -> None:
     make_champion(name)
     with pytest.raises(Refused, match="has no version 9; its versions are: 1"):
-        find_rollback(name, 9)
+        find_rollback(name, 9, DEFAULT_STORE)
     with pytest.raises(Refused, match="no model is registered as 'nothing-cnn'"):
-        find_rollback("nothing-cnn", None)
+        find_rollback("nothing-cnn", None, DEFAULT_STORE)
 
 
 def test_a_half_registered_version_is_refused(name: str) -> None:
@@ -222,21 +232,21 @@ def test_a_half_registered_version_is_refused(name: str) -> None:
     candidate = make_candidate(name)
     mlflow.register_model(candidate.model, name)
     with pytest.raises(Refused, match=r"half registered .* without snapshot, verdict"):
-        find_rollback(name, 2)
+        find_rollback(name, 2, DEFAULT_STORE)
 
 
 def test_a_rollback_without_a_previous_champion_says_what_to_do(name: str) -> None:
     make_champion(name)
     with pytest.raises(Refused, match="no previous champion to roll back to; name a version"):
-        find_rollback(name, None)
+        find_rollback(name, None, DEFAULT_STORE)
     with pytest.raises(Refused, match=r"version 1 of .* is the champion already"):
-        find_rollback(name, 1)
+        find_rollback(name, 1, DEFAULT_STORE)
 
 
 def test_a_rollback_exchanges_champion_and_previous(name: str) -> None:
     first = make_champion(name)
     second = make_champion(name, replaces=first)
-    assert find_rollback(name, None) == (first, second)
+    assert find_rollback(name, None, DEFAULT_STORE) == (first, second)
     roll_back_champion.fn(first, second, ADA, DEFAULT_STORE)
     assert aliases(name) == {"champion": "1", "previous": "2"}
     assert tell(name)[-1] == ("roll back", "2", "1")
@@ -263,7 +273,7 @@ def test_a_version_whose_artifacts_are_gone_is_named_with_the_way_out(name: str)
     with pytest.raises(
         Refused, match=f"{first.model} .*they are gone: roll back to a version that loads"
     ):
-        find_rollback(name, None)
+        find_rollback(name, None, DEFAULT_STORE)
 
 
 def test_a_write_that_the_registry_refuses_is_a_sentence(
