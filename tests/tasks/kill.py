@@ -4,6 +4,8 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 
+from tasks.storage import DEFAULT_STORE, Store
+
 
 def kill_before_each_write(
     places: list[str], writes: list[tuple[type, str]], work: Callable[[str], object]
@@ -13,6 +15,7 @@ def kill_before_each_write(
     `writes` are the methods that count, by their class. A process that has no n-th write ends with
     0, one that was killed in front of it with -9.
     """
+    Store(DEFAULT_STORE)  # loads boto3, which each child would do for itself
     for number, place in enumerate(places):
         child = os.fork()
         if child == 0:
