@@ -26,8 +26,11 @@ from tests.faults.plan import plan_year
 from tests.faults.record import Record
 
 OUT = PROJECT / ".stack" / "year"
-SECONDS_A_WEEK = 22.0
-"""52 weeks in 19 minutes: a week's run takes half of that on two idle cores."""
+SECONDS_A_WEEK = 45.0
+"""52 weeks in 40 minutes. A training and its servers take a minute of a core, more than half of it
+to import libraries, to evaluate and to draw: at 22 seconds two cores fall behind, and most runs end
+as overtaken.
+"""
 
 
 def live_year(root: Path, seed: int, weeks: int, interval: float) -> Record:
