@@ -14,11 +14,12 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from functools import wraps
 from inspect import signature
 from typing import Annotated, Literal, ParamSpec, TypeVar
@@ -33,6 +34,8 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelled, Failed, Running
 from pydantic import Field
+
+from tasks.clock import ServerClock
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -105,7 +108,8 @@ class _Guard:
         self._run_id = UUID(str(runtime.flow_run.id))
         self._number = int(runtime.flow_run.run_count)
         self._limit = limit_minutes
-        self._deadline = datetime.now(UTC) + timedelta(minutes=limit_minutes)
+        self._ends = time.monotonic() + 60 * limit_minutes
+        self._clock: ServerClock | None = None
         self._main = threading.main_thread()
         self._logger = get_run_logger()
         self.over = threading.Event()
@@ -121,16 +125,16 @@ class _Guard:
                     _end_process()
                 except (httpx.HTTPError, ValueError) as error:  # it is away, or answers no JSON
                     self._logger.debug("the Prefect server cannot be asked now: %s", error)
-                if datetime.now(UTC) > self._deadline + timedelta(seconds=_LOOK_SECONDS):
+                if time.monotonic() > self._ends + _LOOK_SECONDS:
                     _end_process()  # the server is away: its worker or the heartbeat tells
 
     def _look(self, prefect: SyncPrefectClient) -> None:
-        now = datetime.now(UTC)
+        self._clock = self._clock or ServerClock(prefect)
         run = prefect.read_flow_run(self._run_id)
-        order = judge_attempt(run, self._number, now)
+        order = judge_attempt(run, self._number, self._clock.now())
         if self.over.is_set():
             return
-        if order == "go on" and now > self._deadline:
+        if order == "go on" and time.monotonic() > self._ends:
             self._time_out(prefect)
         elif order == "say that it goes on":
             message = f"Goes on: a late report said of it: {run.state and run.state.message}"

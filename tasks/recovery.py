@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Literal
 
 from prefect import get_run_logger
@@ -25,6 +25,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
 from prefect.states import AwaitingRetry, Cancelled, Crashed
 
+from tasks.clock import ServerClock
 from tasks.step import step
 from tasks.turn import TAG
 
@@ -100,7 +101,7 @@ def recover_runs() -> list[str]:
 
 def _judge_all(prefect: SyncPrefectClient) -> list[Remedy]:
     """Judge the runs of ours that may be ill, the newest 200 of them."""
-    now = datetime.now(UTC)
+    now = ServerClock(prefect).now()
     types = FlowRunFilterStateType(any_=[StateType.CRASHED, StateType.PENDING])
     ours = FlowRunFilter(tags=FlowRunFilterTags(all_=[TAG]), state=FlowRunFilterState(type=types))
     found = prefect.read_flow_runs(flow_run_filter=ours, sort=FlowRunSort.EXPECTED_START_TIME_DESC)

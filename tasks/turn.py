@@ -35,7 +35,6 @@ TAG = "mnist-retraining"
 OVERTAKEN = "Overtaken"
 """Name of the state in which a run ends whose work a newer one does."""
 
-_ACTIVE = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING]
 _LOOK_SECONDS = 5.0
 _SUBJECT = ("dataset", "store")
 _SAME_WORK = {"dataset", "store", "quiet_minutes"}
@@ -96,7 +95,7 @@ def take_turn(subject: dict[str, object]) -> str | None:
     while True:
         with get_client(sync_client=True) as prefect:
             run = prefect.read_flow_run(UUID(str(runtime.flow_run.id)))
-            turn = judge_turn(run, _active(prefect, UUID(str(deployment))), subject)
+            turn = judge_turn(run, _active(prefect, UUID(str(deployment)), run), subject)
         if turn == "go":
             return None
         if turn == "overtaken":
@@ -110,14 +109,27 @@ def take_turn(subject: dict[str, object]) -> str | None:
         time.sleep(_LOOK_SECONDS)
 
 
-def _active(prefect: SyncPrefectClient, deployment: UUID) -> list[FlowRun]:
-    """Return the runs of a deployment that are due and have not ended."""
-    due = FlowRunFilterExpectedStartTime(before_=datetime.now(UTC))
-    state = FlowRunFilterState(type=FlowRunFilterStateType(any_=_ACTIVE))
-    return prefect.read_flow_runs(
-        flow_run_filter=FlowRunFilter(state=state, expected_start_time=due),
-        deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment])),
+def _active(prefect: SyncPrefectClient, deployment: UUID, run: FlowRun) -> list[FlowRun]:
+    """Return the runs of a deployment that have begun or were due when `run` began.
+
+    Both by the server's clock: that of this machine may be a day behind, and then nothing would be
+    due, or ahead, and then next week's run would be.
+    """
+    begun = FlowRunFilter(state=_in_states(StateType.PENDING, StateType.RUNNING))
+    due = FlowRunFilter(
+        state=_in_states(StateType.SCHEDULED),
+        expected_start_time=FlowRunFilterExpectedStartTime(before_=run.start_time),
     )
+    ours = DeploymentFilter(id=DeploymentFilterId(any_=[deployment]))
+    return [
+        found
+        for wanted in (begun, due)
+        for found in prefect.read_flow_runs(flow_run_filter=wanted, deployment_filter=ours)
+    ]
+
+
+def _in_states(*types: StateType) -> FlowRunFilterState:
+    return FlowRunFilterState(type=FlowRunFilterStateType(any_=list(types)))
 
 
 def _subject(run: FlowRun, defaults: Mapping[str, object]) -> list[object]:

@@ -1,0 +1,69 @@
+"""What runs decide about each other does not depend on the clock of one machine."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta, tzinfo
+from uuid import UUID, uuid4
+
+import pytest
+from prefect import flow
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.states import Running, Scheduled
+
+from deployments.stack import Stack
+from tasks import turn
+from tasks.clock import ServerClock
+
+HOUR = timedelta(hours=1)
+
+
+@flow
+def waiting() -> None:
+    """Stand for a flow whose runs go one after another."""
+
+
+@pytest.fixture
+def prefect(stack: Stack) -> Iterator[SyncPrefectClient]:
+    with get_client(sync_client=True) as prefect:
+        yield prefect
+
+
+@pytest.fixture(params=[-1, 1], ids=["a day behind", "a day ahead"])
+def wrong_clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    off = timedelta(days=request.param)
+
+    class Wrong(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> "datetime":
+            return datetime.now(tz) + off
+
+    monkeypatch.setattr("tasks.turn.datetime", Wrong)
+    monkeypatch.setattr("tasks.clock.datetime", Wrong)
+
+
+def create(prefect: SyncPrefectClient, deployment: UUID, state: State) -> FlowRun:
+    due = state if state.is_scheduled() else Scheduled()
+    made = prefect.create_flow_run_from_deployment(deployment, state=due)
+    if state is not due:
+        prefect.set_flow_run_state(made.id, state, force=True)
+    return prefect.read_flow_run(made.id)
+
+
+def test_the_rivals_of_a_run_are_the_same_by_a_wrong_clock(
+    prefect: SyncPrefectClient, wrong_clock: None
+) -> None:
+    flow_id = prefect.create_flow(waiting)
+    deployment = prefect.create_deployment(flow_id, f"test-{uuid4().hex[:8]}")
+    now = datetime.now(UTC)
+    rivals = [
+        create(prefect, deployment, Running()),
+        create(prefect, deployment, Scheduled(scheduled_time=now - HOUR)),
+    ]
+    create(prefect, deployment, Scheduled(scheduled_time=now + HOUR))  # the next one's time
+    run = create(prefect, deployment, Running())
+    found = turn._active(prefect, deployment, run)
+    assert {each.id for each in found} == {run.id, *(rival.id for rival in rivals)}
+
+
+def test_the_time_is_that_of_the_server(prefect: SyncPrefectClient, wrong_clock: None) -> None:
+    assert abs(ServerClock(prefect).now() - datetime.now(UTC)) < timedelta(seconds=30)
