@@ -3,6 +3,7 @@
 import os
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -121,7 +122,9 @@ class Life:
     sizes: list[Sizes] = field(default_factory=list)
     mishaps: list[str] = field(default_factory=list)
     answered: set[str] = field(default_factory=set)
-    """Versions that the person has judged, and runs that they have repeated."""
+    """Versions that the person has judged, and states of runs that they have repeated."""
+    repeats: Counter[str] = field(default_factory=Counter)
+    """How often the person has repeated a run."""
     locks: dict[str, Lock] = field(default_factory=dict)
 
     def act(self, what: str) -> None:
@@ -369,9 +372,12 @@ def _repeat_failed(life: Life) -> None:
         failed = state and (state.is_failed() or state.name == GIVEN_UP)
         if not state or not failed or state.name == "Refused" or str(state.id) in life.answered:
             continue
+        if len(life.bench.inbox.failures(str(run.id))) <= life.repeats[str(run.id)]:
+            continue  # nobody has told them yet
         message = "The person of the year has read what went wrong, and repeats it."
         life.bench.prefect.set_flow_run_state(run.id, AwaitingRetry(message=message), force=True)
         life.answered.add(str(state.id))
+        life.repeats[str(run.id)] += 1
         life.act(f"repeat {run.name}")
 
 

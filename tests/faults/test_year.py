@@ -98,6 +98,16 @@ def test_a_year_in_which_all_went_well_keeps_every_promise(record: Record) -> No
     assert {promise.name for promise in check(record)} >= PROMISES
 
 
+def test_a_week_that_a_training_of_an_event_overtook_is_not_missed(record: Record) -> None:
+    overtaken = run_of(2, ("COMPLETED", "Overtaken"))
+    event = run_of(3, ("COMPLETED", "Promoted")).model_copy(update={"scheduled": False})
+    assert "no week missed" in broken(
+        record.model_copy(update={"runs": [*record.runs[:2], overtaken]})
+    )
+    runs = [*record.runs[:2], overtaken, event]
+    assert "no week missed" not in broken(record.model_copy(update={"runs": runs}))
+
+
 def lie(where: Whereabouts, **images: list[str]) -> dict[str, Whereabouts]:
     return {"whereabouts": where.model_copy(update=images)}
 
