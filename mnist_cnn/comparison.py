@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import brentq
+from scipy.special import chndtr
+from scipy.stats import binomtest
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,6 @@ def p_not_better(paired: Paired) -> float:
     fair coin. Source: McNemar 1947, doi:10.1007/BF02295996; exact and conditional as in Fagerland,
     Lydersen and Laake 2013, doi:10.1186/1471-2288-13-91. Without a discordant image it is 1.
     """
-    from scipy.stats import binomtest  # noqa: PLC0415 - a second to import; most runs compare nothing
-
     discordant = paired.gains + paired.losses
     if not discordant:
         return 1.0
@@ -93,8 +94,6 @@ def lower_limit(paired: Paired, level: float) -> float:
     The true difference lies above it with confidence 1 - `level`. It is the test of `p_not_above`
     turned round (a test-inversion bootstrap interval, Carpenter 1999, doi:10.1111/1467-9868.00169).
     """
-    from scipy.optimize import brentq  # noqa: PLC0415 - likewise
-
     if p_not_above(paired, -1) >= level:
         return -1.0
     return float(
@@ -118,8 +117,6 @@ def _tail(net: int, gains: float, losses: float) -> float:
     By the identity of the Skellam and the noncentral chi-squared distribution (Johnson 1959,
     doi:10.1093/biomet/46.3-4.352); `scipy.stats.skellam` is the same 40 times slower.
     """
-    from scipy.special import chndtr  # noqa: PLC0415 - likewise
-
     if net > 0:
         return float(chndtr(2 * gains, 2 * net, 2 * losses))
     return float(1 - chndtr(2 * losses, 2 * (1 - net), 2 * gains))

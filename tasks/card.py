@@ -8,6 +8,7 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 from prefect import runtime
 from prefect.artifacts import create_markdown_artifact
 
@@ -39,7 +40,6 @@ from tasks.storage import Store
 from tasks.versions import asking
 
 if TYPE_CHECKING:
-    from huggingface_hub import EvalResult
     from mlflow.entities import Run
 
 _REPOSITORY = "https://github.com/mlops-2425q1-mds-upc/MLOps-mdsist"
@@ -70,8 +70,6 @@ _SOURCES = {
 
 def write_card(facts: CardFacts) -> str:
     """Return the model card as Markdown with its metadata block in the model-index form."""
-    from huggingface_hub import ModelCard, ModelCardData  # noqa: PLC0415 - a run that skips has no card
-
     metadata = ModelCardData(
         license="apache-2.0",
         library_name="pytorch",
@@ -88,9 +86,7 @@ def write_card(facts: CardFacts) -> str:
     return f"{card}\n"
 
 
-def _results(facts: CardFacts) -> "list[EvalResult]":
-    from huggingface_hub import EvalResult  # noqa: PLC0415
-
+def _results(facts: CardFacts) -> list[EvalResult]:
     evaluation = facts.candidate
     metrics = [
         ("accuracy", "Accuracy", evaluation.accuracy),
@@ -124,8 +120,6 @@ def _results(facts: CardFacts) -> "list[EvalResult]":
 
 def write_data_card(data: DataFacts) -> str:
     """Return the data card of a snapshot as Markdown with its metadata block."""
-    from huggingface_hub import DatasetCard, DatasetCardData  # noqa: PLC0415
-
     metadata = DatasetCardData(
         license=data.licence,
         task_categories=["image-classification"],

@@ -20,7 +20,6 @@ from prefect import get_run_logger, runtime
 from prefect.artifacts import create_table_artifact
 from pydantic import BaseModel
 
-from mnist_cnn.promotion import Decision
 from tasks.events import emit_move
 from tasks.exclusion import exclusive
 from tasks.fingerprint import TAG as FINGERPRINT
@@ -62,6 +61,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion as RegisteredVersion
 
     from mnist_cnn.evaluation import Evaluation
+    from mnist_cnn.promotion import Decision
 
 _ROLLBACK = "rollback"
 
@@ -112,7 +112,7 @@ def find_opponents(
 def register_candidate(
     candidate: Candidate,
     measured: "Evaluation",
-    decision: Decision,
+    decision: "Decision",
     decision_record: str,
     made_of: Fingerprint | None = None,
 ) -> ModelVersion:
