@@ -27,9 +27,9 @@ from tests.faults.record import Record
 
 OUT = PROJECT / ".stack" / "year"
 SECONDS_A_WEEK = 45.0
-"""52 weeks in 40 minutes. A training and its servers take a minute of a core, more than half of it
-to import libraries, to evaluate and to draw: at 22 seconds two cores fall behind, and most runs end
-as overtaken.
+"""52 weeks in 39 minutes, and some more until all has ended. A training and its servers take a
+minute of a core, most of it to import libraries, to evaluate and to draw: at 22 seconds two cores
+fall behind, and most runs end as overtaken.
 """
 
 
