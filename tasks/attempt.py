@@ -35,7 +35,7 @@ from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelled, Failed, Running
 from pydantic import Field
 
-from tasks.clock import ServerClock
+from tasks.clock import server_time
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -109,7 +109,6 @@ class _Guard:
         self._number = int(runtime.flow_run.run_count)
         self._limit = limit_minutes
         self._ends = time.monotonic() + 60 * limit_minutes
-        self._clock: ServerClock | None = None
         self._main = threading.main_thread()
         self._logger = get_run_logger()
         self.over = threading.Event()
@@ -129,9 +128,8 @@ class _Guard:
                     _end_process()  # the server is away: its worker or the heartbeat tells
 
     def _look(self, prefect: SyncPrefectClient) -> None:
-        self._clock = self._clock or ServerClock(prefect)
         run = prefect.read_flow_run(self._run_id)
-        order = judge_attempt(run, self._number, self._clock.now())
+        order = judge_attempt(run, self._number, server_time(prefect))
         if self.over.is_set():
             return
         if order == "go on" and time.monotonic() > self._ends:

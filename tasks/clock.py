@@ -1,6 +1,5 @@
-"""The time by the clock of Prefect's server, which all runs share: a machine's may be a day off."""
+"""The time by the clock of a server, which all runs share: that of one machine may be a day off."""
 
-import time
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
@@ -9,14 +8,19 @@ if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
 
-class ServerClock:
-    """Asks the server once, to the second, and counts from there."""
+def server_time(prefect: "SyncPrefectClient") -> datetime:
+    """Return the time by the clock of Prefect's server, by which it dates runs and their states."""
+    return read_date(prefect.request("GET", "/health").headers.get("date"))
 
-    def __init__(self, prefect: "SyncPrefectClient") -> None:
-        told = prefect.request("GET", "/health").headers.get("date")
-        self._asked = time.monotonic()
-        self._then = parsedate_to_datetime(told) if told else datetime.now(UTC)
 
-    def now(self) -> datetime:
-        """Return the time; a machine whose clock is set meanwhile changes nothing."""
-        return self._then + timedelta(seconds=time.monotonic() - self._asked)
+def read_date(header: str | None) -> datetime:
+    """Return the end of the second that a server's `Date` header names; our own time without one.
+
+    The end, so that nothing which the server has dated lies in the future.
+    """
+    try:
+        told = parsedate_to_datetime(header or "")
+    except ValueError:
+        return datetime.now(UTC)
+    aware = told if told.tzinfo else told.replace(tzinfo=UTC)  # -0000 is UTC without a place
+    return aware + timedelta(seconds=1)

@@ -1,6 +1,6 @@
 """Take in what has arrived: accept it as shards, or put it aside with the reason."""
 
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from prefect import get_run_logger, runtime
@@ -63,7 +63,7 @@ def find_arrivals(snapshot: Snapshot, quiet_minutes: float) -> Arrivals:
     store, dataset = Store(snapshot.store), snapshot.dataset
     with exclusive(dataset, "ingest"):
         ledger = _settled_ledger(store, dataset)
-    folder, now = incoming_folder(dataset), datetime.now(UTC)
+    folder, now = incoming_folder(dataset), store.time()
     batches: dict[str, list[Entry]] = {}
     for entry in _objects(store, folder):
         name, inside, _ = entry.name.removeprefix(folder).partition("/")

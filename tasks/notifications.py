@@ -33,7 +33,7 @@ from prefect.client.orchestration import get_client
 from pydantic import BaseModel, SecretStr
 
 from tasks.alarms import keep_rules
-from tasks.clock import ServerClock
+from tasks.clock import server_time
 from tasks.messages import Message, Situation, compose
 from tasks.registry import verify_history
 from tasks.situation import look
@@ -266,7 +266,7 @@ def notify_people(store: str) -> list[str]:
     A recipient that fails is logged and tried again at the next look; it fails nothing.
     """
     with get_client(sync_client=True) as prefect:
-        now, recipients = ServerClock(prefect).now(), find_recipients(prefect)
+        now, recipients = server_time(prefect), find_recipients(prefect)
         if not recipients:
             get_run_logger().info(
                 "nobody is told of anything: no notification block is called %s; `make notify` "

@@ -25,7 +25,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
 from prefect.states import AwaitingRetry, Cancelled, Crashed
 
-from tasks.clock import ServerClock
+from tasks.clock import server_time
 from tasks.step import step
 from tasks.turn import TAG
 
@@ -101,7 +101,7 @@ def recover_runs() -> list[str]:
 
 def _judge_all(prefect: SyncPrefectClient) -> list[Remedy]:
     """Judge the runs of ours that may be ill, the newest 200 of them."""
-    now = ServerClock(prefect).now()
+    now = server_time(prefect)
     types = FlowRunFilterStateType(any_=[StateType.CRASHED, StateType.PENDING])
     ours = FlowRunFilter(tags=FlowRunFilterTags(all_=[TAG]), state=FlowRunFilterState(type=types))
     found = prefect.read_flow_runs(flow_run_filter=ours, sort=FlowRunSort.EXPECTED_START_TIME_DESC)

@@ -17,6 +17,8 @@ from functools import cache
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
+from tasks.clock import read_date
+
 if TYPE_CHECKING:
     from botocore.loaders import Loader
     from mypy_boto3_s3 import S3Client
@@ -138,6 +140,12 @@ class Store:
                     return False
                 raise
             return True
+
+    def time(self) -> datetime:
+        """Return the time by the server's clock, by which it dates objects."""
+        with self._speaking():
+            answer = self._client.head_bucket(Bucket=self.bucket)
+        return read_date(answer["ResponseMetadata"]["HTTPHeaders"].get("date"))
 
     def remove(self, name: str) -> None:
         """Remove an object; one that is not there is no error."""

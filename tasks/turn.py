@@ -25,6 +25,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.states import Completed
 
+from tasks.clock import server_time
 from tasks.step import step
 
 P = ParamSpec("P")
@@ -95,7 +96,7 @@ def take_turn(subject: dict[str, object]) -> str | None:
     while True:
         with get_client(sync_client=True) as prefect:
             run = prefect.read_flow_run(UUID(str(runtime.flow_run.id)))
-            turn = judge_turn(run, _active(prefect, UUID(str(deployment)), run), subject)
+            turn = judge_turn(run, _active(prefect, UUID(str(deployment))), subject)
         if turn == "go":
             return None
         if turn == "overtaken":
@@ -109,16 +110,15 @@ def take_turn(subject: dict[str, object]) -> str | None:
         time.sleep(_LOOK_SECONDS)
 
 
-def _active(prefect: SyncPrefectClient, deployment: UUID, run: FlowRun) -> list[FlowRun]:
-    """Return the runs of a deployment that have begun or were due when `run` began.
+def _active(prefect: SyncPrefectClient, deployment: UUID) -> list[FlowRun]:
+    """Return the runs of a deployment that have begun or are due, and have not ended.
 
-    Both by the server's clock: that of this machine may be a day behind, and then nothing would be
-    due, or ahead, and then next week's run would be.
+    Whether one has begun does not depend on a clock, and what is due the server's clock decides.
     """
     begun = FlowRunFilter(state=_in_states(StateType.PENDING, StateType.RUNNING))
     due = FlowRunFilter(
         state=_in_states(StateType.SCHEDULED),
-        expected_start_time=FlowRunFilterExpectedStartTime(before_=run.start_time),
+        expected_start_time=FlowRunFilterExpectedStartTime(before_=server_time(prefect)),
     )
     ours = DeploymentFilter(id=DeploymentFilterId(any_=[deployment]))
     return [

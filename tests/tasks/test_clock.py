@@ -12,7 +12,8 @@ from prefect.states import Running, Scheduled
 
 from deployments.stack import Stack
 from tasks import turn
-from tasks.clock import ServerClock
+from tasks.clock import read_date, server_time
+from tasks.storage import Store
 
 HOUR = timedelta(hours=1)
 
@@ -61,9 +62,23 @@ def test_the_rivals_of_a_run_are_the_same_by_a_wrong_clock(
     ]
     create(prefect, deployment, Scheduled(scheduled_time=now + HOUR))  # the next one's time
     run = create(prefect, deployment, Running())
-    found = turn._active(prefect, deployment, run)
+    found = turn._active(prefect, deployment)
     assert {each.id for each in found} == {run.id, *(rival.id for rival in rivals)}
 
 
-def test_the_time_is_that_of_the_server(prefect: SyncPrefectClient, wrong_clock: None) -> None:
-    assert abs(ServerClock(prefect).now() - datetime.now(UTC)) < timedelta(seconds=30)
+def test_the_time_is_that_of_the_server(
+    prefect: SyncPrefectClient, store: Store, wrong_clock: None
+) -> None:
+    for told in (server_time(prefect), store.time()):
+        assert abs(told - datetime.now(UTC)) < timedelta(seconds=30)
+
+
+def test_a_date_is_read_as_servers_write_it() -> None:
+    end = datetime(2026, 11, 26, 12, 0, 1, tzinfo=UTC)
+    for written in ("Thu, 26 Nov 2026 12:00:00 GMT", "Thu, 26 Nov 2026 12:00:00 -0000"):
+        assert read_date(written) == end
+
+
+@pytest.mark.parametrize("header", [None, "", "yesterday", "Thu, 99 Nov 2026 12:00:00 GMT"])
+def test_without_a_date_that_can_be_read_our_own_clock_serves(header: str | None) -> None:
+    assert abs(read_date(header) - datetime.now(UTC)) < timedelta(seconds=30)
