@@ -2,15 +2,21 @@
 
 `make up` starts this program last and `make down` ends it first. The log of what died is kept as
 `.previous.log`. The pauses between attempts grow, so that what cannot start is no busy loop.
+
+A worker that has grown is ended between two runs, and so begins anew: Prefect's (3.9.1) keeps half
+a MiB or more of each run, though no Python object does, and a watch runs every five minutes.
 """
 
 import logging
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import psutil
+
 from deployments import processes
-from deployments.services import HOST, Service, Stack
+from deployments.services import HOST, Service, Stack, worker
 from deployments.stack import all_services, launch, running
 
 _LOGGER = logging.getLogger("keeper")
@@ -18,6 +24,7 @@ _LOGGER = logging.getLogger("keeper")
 LOOK_SECONDS = 3.0
 PAUSES = (0.0, 2.0, 5.0, 15.0, 30.0, 60.0)  # seconds before each attempt; the last one from then on
 SETTLED = 120.0  # seconds of life after which earlier deaths no longer count
+GROWN = 400 * 2**20  # bytes of a worker's memory; it begins with a quarter of that
 
 
 @dataclass
@@ -67,6 +74,27 @@ def look(stack: Stack, attempts: dict[str, Attempts]) -> None:
                 if running(stack, service) is None:
                     mine.note(time.monotonic())
                     revive(stack, service)
+    if grown := find_grown(worker(stack), found):
+        with processes.one_at_a_time(stack.root, _LOGGER.info):
+            most = GROWN // 2**20
+            _LOGGER.warning("the worker has more than %d MiB; it is ended, to begin anew", most)
+            processes.end([grown])
+
+
+def find_grown(
+    service: Service, found: Mapping[psutil.Process, str], most: int = GROWN
+) -> psutil.Process | None:
+    """Return a worker with more than `most` bytes of memory, unless a flow run of it is `found`.
+
+    A run that it takes up meanwhile is handed back by SIGTERM.
+    """
+    theirs = [process for process, name in found.items() if name == service.name]
+    if len(theirs) != 1 or not processes.runs(theirs[0], service.command):
+        return None
+    try:
+        return theirs[0] if theirs[0].memory_info().rss > most else None
+    except psutil.NoSuchProcess:
+        return None
 
 
 def revive(stack: Stack, service: Service) -> None:
