@@ -16,9 +16,14 @@ from prefect import get_run_logger
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     FlowRunFilter,
+    FlowRunFilterEndTime,
+    FlowRunFilterId,
     FlowRunFilterState,
     FlowRunFilterStateType,
     FlowRunFilterTags,
+    TaskRunFilter,
+    TaskRunFilterState,
+    TaskRunFilterStateType,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.sorting import FlowRunSort
@@ -38,6 +43,7 @@ _RESUMED = "Resumed after"
 _PENDING = timedelta(minutes=10)
 _SETTLED = timedelta(seconds=10)
 """A death is reported more than once, by engine and worker; a report must not meet the resume."""
+_LAST_WORD = timedelta(minutes=1)
 _FRESH = timedelta(days=1)
 """An older death is a person's business: the next run of the schedule did its work."""
 
@@ -90,6 +96,7 @@ def recover_runs() -> list[str]:
         for remedy in remedies:
             with suppress(ObjectNotFound):  # somebody deleted the run since
                 _apply(prefect, remedy)
+        _end_left_behind(prefect)
         if any(remedy.act == "crash" for remedy in remedies):
             get_run_logger().info("what was ended is resumed at the next look")
     done = [r for r in remedies if r.act != "nothing"]
@@ -125,7 +132,34 @@ def _apply(prefect: SyncPrefectClient, remedy: Remedy) -> None:
         and present
         and present.id == (remedy.run.state and remedy.run.state.id)
     ):
+        _end_task_runs(prefect, FlowRunFilter(id=FlowRunFilterId(any_=[remedy.run.id])))
         prefect.set_flow_run_state(remedy.run.id, states[remedy.act], force=True)
+
+
+def _end_left_behind(prefect: SyncPrefectClient) -> None:
+    """Call crashed what the runs that have ended for good left behind, as when a time limit struck.
+
+    A minute later, because a task's own last word may come after its flow's.
+    """
+    over = [StateType.COMPLETED, StateType.FAILED, StateType.CANCELLED]
+    ended = FlowRunFilter(
+        tags=FlowRunFilterTags(all_=[TAG]),
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=over)),
+        end_time=FlowRunFilterEndTime(before_=server_time(prefect) - _LAST_WORD),
+    )
+    _end_task_runs(prefect, ended)
+
+
+def _end_task_runs(prefect: SyncPrefectClient, runs: FlowRunFilter) -> None:
+    """Call crashed the task runs that died with their process.
+
+    Nobody else does, and the UI would show them as running for ever. What goes on has its own.
+    """
+    types = TaskRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])
+    going = TaskRunFilter(state=TaskRunFilterState(type=types))
+    for task_run in prefect.read_task_runs(flow_run_filter=runs, task_run_filter=going):
+        crashed: State = Crashed(message="Its process died.")
+        prefect.set_task_run_state(task_run.id, crashed, force=True)
 
 
 def _since_running(past: Iterable[State]) -> list[State]:

@@ -4,11 +4,16 @@ from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
 
 import pytest
-from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect import flow, task
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import FlowRun, State, StateType, TaskRun
+from prefect.states import Completed, Crashed, Running
 
+from deployments.stack import Stack
+from tasks import recovery
 from tasks.attempt import judge_attempt
 from tasks.recovery import GIVEN_UP, judge_run
-from tasks.turn import judge_turn
+from tasks.turn import TAG, judge_turn
 
 NOW = datetime(2026, 11, 25, 3, tzinfo=UTC)
 DEFAULTS = {"dataset": "mnist", "store": "s3://a"}
@@ -155,3 +160,38 @@ def test_a_run_that_was_begun_before_is_not_overtaken() -> None:
     resumed = run_of(1, started=0, due=0).model_copy(update={"run_count": 2})
     newer = run_of(2, started=5, due=5)
     assert judge_turn(resumed, [resumed, newer], DEFAULTS) == "go"
+
+
+@flow
+def dying() -> None:
+    """Stand for a flow whose process dies."""
+
+
+@task
+def at_work() -> None:
+    """Stand for what it was at."""
+
+
+def leave_task_run(prefect: SyncPrefectClient, tag: str, last: State) -> tuple[FlowRun, TaskRun]:
+    """Make a run that is at work, by its task run, while the flow run says something else."""
+    deployment = prefect.create_deployment(prefect.create_flow(dying), f"test-{uuid4().hex[:8]}")
+    run = prefect.create_flow_run_from_deployment(deployment, tags=[tag])
+    running: State = Running()
+    prefect.set_flow_run_state(run.id, running, force=True)
+    left = prefect.create_task_run(at_work, run.id, "0", state=running)
+    prefect.set_flow_run_state(run.id, last, force=True)
+    return prefect.read_flow_run(run.id), left
+
+
+def test_what_a_dead_process_was_at_is_shown_as_crashed_once_its_run_is_resumed_or_over(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovery, "_LAST_WORD", timedelta(seconds=-5))  # as if a while had passed
+    with get_client(sync_client=True) as prefect:
+        died, at_death = leave_task_run(prefect, "test", Crashed())
+        recovery._apply(prefect, recovery.Remedy(died, "give up", "It died."))
+        _, at_end = leave_task_run(prefect, TAG, Completed())
+        _, foreign = leave_task_run(prefect, "another-team", Completed())
+        recovery._end_left_behind(prefect)
+        states = [prefect.read_task_run(each.id).state for each in (at_death, at_end, foreign)]
+    assert [each and each.name for each in states] == ["Crashed", "Crashed", "Running"]
