@@ -24,7 +24,7 @@ _LOGGER = logging.getLogger("keeper")
 LOOK_SECONDS = 3.0
 PAUSES = (0.0, 2.0, 5.0, 15.0, 30.0, 60.0)  # seconds before each attempt; the last one from then on
 SETTLED = 120.0  # seconds of life after which earlier deaths no longer count
-GROWN = 400 * 2**20  # bytes of a worker's memory; it begins with a quarter of that
+GROWN = 250 * 2**20  # bytes of a worker's memory; it begins with 100 MiB
 
 
 @dataclass

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from deployments.keep import GROWN
 from tests.faults.check import check
 from tests.faults.draw import draw
 from tests.faults.plan import plan_year
@@ -28,6 +29,7 @@ PROMISES = {
     "no run left",
     "every fault told, once",
     "every quarantine told",
+    "memory flat",
     "the plan was carried out",
 }
 """What a year keeps however fast the machine is."""
@@ -48,8 +50,9 @@ def run_of(week: int, *states: tuple[str, str]) -> RunSeen:
     )
 
 
-def sizes(when: float, store: int = 1000) -> Sizes:
-    return Sizes(when=when, store=store, databases={"mlflow": 10}, memory={"worker": 100})
+def sizes(when: float, store: int = 1000, **memory: int) -> Sizes:
+    memory = {"MLflow server": 100, "worker": 100} | memory
+    return Sizes(when=when, store=store, databases={"mlflow": 10}, memory=memory)
 
 
 @pytest.fixture
@@ -158,6 +161,14 @@ LIES: dict[str, tuple[str, Callable[[Record], dict[str, object]]]] = {
     "a silent quarantine": (
         "every quarantine told",
         lambda r: {"messages": [r.messages[0], r.messages[2]]},
+    ),
+    "a server that grows": (
+        "memory flat",
+        lambda _: {"sizes": [sizes(100.0 + n, **{"MLflow server": 100 + 9 * n}) for n in range(8)]},
+    ),
+    "a worker that grows beyond its limit": (
+        "memory flat",
+        lambda r: {"sizes": [*r.sizes, sizes(125.0, worker=2 * GROWN)]},
     ),
     "a server that did not start": (
         "the plan was carried out",
