@@ -25,6 +25,7 @@ LOOK_SECONDS = 3.0
 PAUSES = (0.0, 2.0, 5.0, 15.0, 30.0, 60.0)  # seconds before each attempt; the last one from then on
 SETTLED = 120.0  # seconds of life after which earlier deaths no longer count
 GROWN = 250 * 2**20  # bytes of a worker's memory; it begins with 100 MiB
+YOUNG = 3600.0  # seconds of life within which what a worker has is what it needs
 
 
 @dataclass
@@ -62,7 +63,7 @@ def main() -> int:
 
 
 def look(stack: Stack, attempts: dict[str, Attempts]) -> None:
-    """Start again each service that is missing and whose pause is over."""
+    """Start again each service that is missing and whose pause is over; end a grown worker."""
     processes.reap()
     *kept, _keeper = all_services(stack)
     found = processes.find(stack.root)  # once: it reads the variables of every process
@@ -82,17 +83,22 @@ def look(stack: Stack, attempts: dict[str, Attempts]) -> None:
 
 
 def find_grown(
-    service: Service, found: Mapping[psutil.Process, str], most: int = GROWN
+    service: Service,
+    found: Mapping[psutil.Process, str],
+    most: int = GROWN,
+    young: float = YOUNG,
 ) -> psutil.Process | None:
     """Return a worker with more than `most` bytes of memory, unless a flow run of it is `found`.
 
-    A run that it takes up meanwhile is handed back by SIGTERM.
+    One that lives for less than `young` seconds is none. A run that it takes up meanwhile is handed
+    back by SIGTERM.
     """
     theirs = [process for process, name in found.items() if name == service.name]
     if len(theirs) != 1 or not processes.runs(theirs[0], service.command):
         return None
     try:
-        return theirs[0] if theirs[0].memory_info().rss > most else None
+        old = time.time() - theirs[0].create_time() > young
+        return theirs[0] if old and theirs[0].memory_info().rss > most else None
     except psutil.NoSuchProcess:
         return None
 
