@@ -23,7 +23,7 @@ def load_model(address: str) -> "tuple[nn.Module, int]":
     """
     import mlflow.artifacts  # noqa: PLC0415 - 2 s to import
     import mlflow.pytorch  # noqa: PLC0415
-    import torch  # noqa: PLC0415
+    import torch  # noqa: PLC0415 - 2 s to import, which only a model needs
     from mlflow.exceptions import MlflowException  # noqa: PLC0415
 
     os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"

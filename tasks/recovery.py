@@ -159,7 +159,8 @@ def _end_task_runs(prefect: SyncPrefectClient, runs: FlowRunFilter) -> None:
     going = TaskRunFilter(state=TaskRunFilterState(type=types))
     for task_run in prefect.read_task_runs(flow_run_filter=runs, task_run_filter=going):
         crashed: State = Crashed(message="Its process died.")
-        prefect.set_task_run_state(task_run.id, crashed, force=True)
+        with suppress(ObjectNotFound):  # somebody deleted it since
+            prefect.set_task_run_state(task_run.id, crashed, force=True)
 
 
 def _since_running(past: Iterable[State]) -> list[State]:

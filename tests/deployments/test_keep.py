@@ -74,5 +74,6 @@ def _launch(service: Service, owner: Path) -> psutil.Process:
     )
     process = psutil.Process(launched.pid)
     while not processes.runs(process, service.command):  # until then it is a copy of this one
+        assert launched.poll() is None, (owner / "worker.log").read_text()
         time.sleep(0.01)
     return process
