@@ -22,7 +22,7 @@ from deployments.watch import (
     watch,
 )
 from tasks.records import RunSummary
-from tasks.storage import Store, default_store
+from tasks.services.s3 import Store, default_store
 
 
 def main() -> int:

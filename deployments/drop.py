@@ -11,10 +11,10 @@ from pydantic import TypeAdapter
 
 from deployments.stack import StackError
 from deployments.watch import speaking_to_prefect
-from tasks.batch_files import MARKER, BadBatch, check_names
-from tasks.ledger import incoming_folder
+from tasks.arrivals.batch_files import MARKER, BadBatch, check_names
+from tasks.datasets.ledger import incoming_folder
+from tasks.services.s3 import Store, default_store
 from tasks.snapshot import Dataset
-from tasks.storage import Store, default_store
 
 
 def main() -> int:

@@ -146,7 +146,7 @@ def _dataset(deployment: dict[str, Any], schedule: dict[str, Any]) -> str:
 
 def _within_horizon(rule: dict[str, Any]) -> bool:
     """Tell whether a date is so near that the server makes its run by now."""
-    from prefect.server.schemas.core import DeploymentSchedule  # noqa: PLC0415 - slow to import
+    from prefect.server.schemas.core import DeploymentSchedule
 
     schedule = DeploymentSchedule.model_validate({"schedule": rule}).schedule
     now = datetime.now(UTC)

@@ -35,9 +35,9 @@ from pydantic import SecretStr
 
 from deployments.stack import StackError
 from deployments.watch import speaking_to_prefect
-from tasks.alarms import keep_rules
-from tasks.messages import Message
-from tasks.notifications import (
+from tasks.watch.alarms import keep_rules
+from tasks.watch.messages import Message
+from tasks.watch.notifications import (
     NAME,
     Recipient,
     apprise_query,
@@ -45,7 +45,7 @@ from tasks.notifications import (
     find_recipients,
     known_to_server,
 )
-from tasks.notifications import send as send_to
+from tasks.watch.notifications import send as send_to
 
 _EXPECTED = {
     "hooks.slack.com": "https://hooks.slack.com/services/T…/B…/…",
@@ -190,7 +190,7 @@ def _split(address: str) -> SplitResult:
 
 def _service(address: str) -> str | None:
     """Return Apprise's name of the service that an address belongs to; None if it knows none."""
-    from apprise import Apprise  # noqa: PLC0415 - half a second
+    from apprise import Apprise
 
     logging.getLogger("apprise").addHandler(logging.NullHandler())
     logging.getLogger("apprise").propagate = False  # it quotes what it cannot read

@@ -22,9 +22,10 @@ from pydantic import TypeAdapter, ValidationError
 from deployments.due import table, wait_for_runs
 from deployments.services import PROJECT, StackError
 from deployments.watch import speaking_to_prefect, told_plainly
-from tasks.ledger import read_base
-from tasks.snapshot import BASE_ARCHIVES, Dataset
-from tasks.storage import Store, default_store
+from tasks.datasets.base import BASE_ARCHIVES
+from tasks.datasets.ledger import read_base
+from tasks.services.s3 import Store, default_store
+from tasks.snapshot import Dataset
 
 TRAINING = "train/weekly"
 _YEARS_AHEAD = timedelta(days=2 * 366)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import httpx
 
-from tasks.storage import STORE_VARIABLE
+from tasks.services.s3 import STORE_VARIABLE
 
 PROJECT = Path(__file__).resolve().parents[1]
 HOST = "127.0.0.1"

@@ -16,14 +16,16 @@ from prefect.utilities.urls import url_for
 from deployments.drop import drop
 from deployments.stack import PROJECT, Stack, start
 from deployments.watch import say_verdict, speaking_to_prefect, told_plainly, trigger, watch
-from mnist_cnn.digits import Digits, embedded_sample, write_idx
+from mnist_cnn.digits import Digits
+from mnist_cnn.idx import write_idx
 from mnist_cnn.promotion import PromotionPolicy
-from tasks.batch_files import write_parquet
-from tasks.ledger import read_ledger
+from mnist_cnn.sample import embedded_sample
+from tasks.arrivals.batch_files import write_parquet
+from tasks.datasets.base import BASE_ARCHIVES, MirrorUnreachable, fetch_mnist
+from tasks.datasets.ledger import read_ledger
+from tasks.promote import find_champion
 from tasks.records import RunSummary
-from tasks.registry import find_champion
-from tasks.snapshot import BASE_ARCHIVES, MirrorUnreachable, fetch_mnist
-from tasks.storage import Store, default_store
+from tasks.services.s3 import Store, default_store
 
 SEED = 1
 ENDS = ["Promoted", "Promoted", "Skipped", "Skipped", "Rolled back"]

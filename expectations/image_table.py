@@ -77,7 +77,7 @@ def image_table(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> "pd.Dat
 
     Raises ValueError if types or lengths do not fit together.
     """
-    import pandas as pd  # noqa: PLC0415 - a quarter of a second that readers of suites do not pay
+    import pandas as pd
 
     if images.dtype != np.uint8 or images.ndim != 3:  # noqa: PLR2004 - (N, height, width)
         raise ValueError(

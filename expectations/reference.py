@@ -137,7 +137,7 @@ def drift_table(table: "pd.DataFrame", reference: ReferenceProfile) -> "pd.DataF
     The sum over bins of (p - q) ln(p / q). Half an image is added to each bin, so that an empty one
     does not make it infinite.
     """
-    import pandas as pd  # noqa: PLC0415 - a quarter of a second that readers of profiles do not pay
+    import pandas as pd
 
     indices = {}
     for feature, profile in reference.features.items():

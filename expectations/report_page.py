@@ -114,13 +114,13 @@ def render_data_docs(results: Mapping[str, Any]) -> str:
     `results` is an entry of `ValidationReport.raw`.
     """
     # Great Expectations takes 2 s to import.
-    from great_expectations.core.expectation_validation_result import (  # noqa: PLC0415
+    from great_expectations.core.expectation_validation_result import (
         expectationSuiteValidationResultSchema,
     )
-    from great_expectations.render.renderer.page_renderer import (  # noqa: PLC0415
+    from great_expectations.render.renderer.page_renderer import (
         ValidationResultsPageRenderer,
     )
-    from great_expectations.render.view import DefaultJinjaPageView  # noqa: PLC0415
+    from great_expectations.render.view import DefaultJinjaPageView
 
     result = expectationSuiteValidationResultSchema.load(dict(results))
     document = ValidationResultsPageRenderer(run_info_at_end=True).render(result)

@@ -72,7 +72,7 @@ def validate(training_table: "pd.DataFrame", test_table: "pd.DataFrame") -> Vali
 
     Both tables come from `image_table` and are not changed.
     """
-    from expectations import suites  # noqa: PLC0415 - imports Great Expectations, which takes 2 s
+    from expectations import suites
 
     training = training_table.assign(
         in_test=training_table["digest"].isin(test_table["digest"]),
@@ -94,7 +94,7 @@ def validate_batch(
     images. The boolean column `champion_contradicts`, if `table` has it, says where the champion is
     sure of another label. What cannot be judged is named in `skipped`.
     """
-    from expectations import suites  # noqa: PLC0415 - imports Great Expectations, which takes 2 s
+    from expectations import suites
 
     joined = table.assign(
         in_accepted=table["digest"].isin(accepted),
@@ -128,8 +128,8 @@ def _judged(
     pairs: "list[tuple[ExpectationSuite, pd.DataFrame]]", skipped: tuple[str, ...] = ()
 ) -> ValidationReport:
     """Validate each table by its suite in a context that lives in memory and asks no network."""
-    import great_expectations as gx  # noqa: PLC0415 - takes 2 s
-    from great_expectations.data_context.types.base import (  # noqa: PLC0415 - likewise
+    import great_expectations as gx
+    from great_expectations.data_context.types.base import (
         DataContextConfig,
         InMemoryStoreBackendDefaults,
         ProgressBarsConfig,

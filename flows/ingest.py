@@ -7,16 +7,16 @@ from prefect.client.schemas import State
 from prefect.states import Completed, Failed
 from pydantic import Field, StringConstraints
 
-from tasks.attempt import TimeLimit, in_time
 from tasks.ingest import find_arrivals, find_intake, ingest_batch, keep_intake, report_ingest
-from tasks.outcome import once
 from tasks.preflight import check_services
+from tasks.promote import find_champion
 from tasks.records import RejectedSnapshot, ValidatedSnapshot, Verdict
-from tasks.registry import find_champion
+from tasks.runs.attempt import TimeLimit, in_time
+from tasks.runs.outcome import once
+from tasks.runs.turn import in_turn
+from tasks.services.s3 import DEFAULT_STORE
 from tasks.snapshot import Dataset, accept_base, compare_snapshots, take_snapshot
-from tasks.storage import DEFAULT_STORE
 from tasks.sweep import find_waiting_datasets, start_ingests
-from tasks.turn import in_turn
 from tasks.validate import validate_snapshot
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]

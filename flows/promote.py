@@ -7,20 +7,20 @@ from prefect.client.schemas import State
 from prefect.states import Completed, Failed
 from pydantic import Field, StringConstraints
 
-from tasks.attempt import TimeLimit, in_time
 from tasks.evaluate import try_version
-from tasks.history import Account
-from tasks.models import ModelUnusable
-from tasks.outcome import once
-from tasks.registry import (
+from tasks.promote import (
     approve_challenger,
     fix_rollback,
     reject_challenger,
     roll_back_champion,
     show_history,
 )
-from tasks.storage import DEFAULT_STORE
-from tasks.versions import Refused
+from tasks.registry.history import Account
+from tasks.registry.models import ModelUnusable
+from tasks.registry.versions import Refused
+from tasks.runs.attempt import TimeLimit, in_time
+from tasks.runs.outcome import once
+from tasks.services.s3 import DEFAULT_STORE
 
 Words = Annotated[str, StringConstraints(min_length=1, pattern=r"\S")]
 Number = Annotated[int, Field(ge=1)]

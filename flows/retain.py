@@ -4,10 +4,10 @@ from prefect import flow
 from prefect.client.schemas import State
 from prefect.states import Completed
 
-from tasks.attempt import TimeLimit, in_time
-from tasks.outcome import once
 from tasks.retain import RetentionPolicy, plan_removals, remove, report_removals
-from tasks.storage import DEFAULT_STORE
+from tasks.runs.attempt import TimeLimit, in_time
+from tasks.runs.outcome import once
+from tasks.services.s3 import DEFAULT_STORE
 
 
 @flow(name="retain", flow_run_name="what {store} no longer needs")

@@ -8,17 +8,14 @@ from prefect.states import Completed, Failed
 from pydantic import Field
 
 from flows.ingest import QuietMinutes, take_in
+from mnist_cnn.device import Device
 from mnist_cnn.promotion import POLICIES, PromotionPolicy
-from mnist_cnn.training import Device, TrainingConfig
-from tasks.attempt import TimeLimit, in_time
-from tasks.card import publish_cards
+from mnist_cnn.training import TrainingConfig
+from tasks.cards.publish import publish_cards
 from tasks.decide import decide_promotion
 from tasks.evaluate import evaluate_models
-from tasks.fingerprint import find_repeat, fingerprint
-from tasks.outcome import once
 from tasks.preflight import check_services
-from tasks.records import RejectedSnapshot
-from tasks.registry import (
+from tasks.promote import (
     find_champion,
     find_opponents,
     link_version,
@@ -26,11 +23,16 @@ from tasks.registry import (
     set_challenger,
     set_champion,
 )
+from tasks.records import RejectedSnapshot
+from tasks.registry.fingerprint import fingerprint
 from tasks.report import report_decision, report_rejection, report_skip
+from tasks.runs.attempt import TimeLimit, in_time
+from tasks.runs.outcome import once
+from tasks.runs.turn import in_turn
+from tasks.services.s3 import DEFAULT_STORE
+from tasks.skip import find_repeat
 from tasks.snapshot import Dataset
-from tasks.storage import DEFAULT_STORE
 from tasks.train import train_model
-from tasks.turn import in_turn
 
 Processes = Annotated[int, Field(ge=1, le=64)]
 

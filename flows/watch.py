@@ -4,14 +4,14 @@ from prefect import flow
 from prefect.client.schemas import State
 from prefect.states import Completed
 
-from tasks.alarms import WATCHED
-from tasks.attempt import TimeLimit, in_time
-from tasks.messages import WATCH_FLOW
-from tasks.notifications import notify_of_histories, notify_people
-from tasks.recovery import recover_runs
-from tasks.schedules import restore_schedules
-from tasks.storage import DEFAULT_STORE
-from tasks.turn import OVERTAKEN, take_turn
+from tasks.runs.attempt import TimeLimit, in_time
+from tasks.runs.turn import OVERTAKEN, take_turn
+from tasks.services.s3 import DEFAULT_STORE
+from tasks.watch.alarms import WATCHED
+from tasks.watch.messages import WATCH_FLOW
+from tasks.watch.notifications import notify_of_histories, notify_people
+from tasks.watch.recovery import recover_runs
+from tasks.watch.schedules import restore_schedules
 
 
 @flow(name=WATCH_FLOW, flow_run_name="look after {store}")

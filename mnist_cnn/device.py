@@ -5,9 +5,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Precision = Literal["auto", "bf16", "fp32"]
@@ -16,11 +17,13 @@ Precision = Literal["auto", "bf16", "fp32"]
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _DEFAULT_BYTES = -1, -3, 128 * 1024
 
 
-def choose_device(requested: Device) -> torch.device:
+def choose_device(requested: Device) -> "torch.device":
     """Return the device to train on; `auto` takes cuda, else mps, else cpu.
 
     Raises ValueError if a device that was asked for by name is not there.
     """
+    import torch
+
     there = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -37,8 +40,10 @@ def choose_device(requested: Device) -> torch.device:
     return torch.device(requested)
 
 
-def choose_precision(requested: Precision, place: torch.device) -> torch.dtype:
+def choose_precision(requested: Precision, place: "torch.device") -> "torch.dtype":
     """Return the dtype of convolutions; `auto` takes bfloat16 where the hardware multiplies it."""
+    import torch
+
     if requested != "auto":
         return torch.bfloat16 if requested == "bf16" else torch.float32
     if place.type == "cuda":
@@ -54,6 +59,8 @@ def follow_quota(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     Threads beyond it are put to sleep while others wait for them at a barrier, which made training
     up to forty times slower. torch follows the affinity of the process by itself.
     """
+    import torch
+
     quota = read_quota(cgroup)
     threads = torch.get_num_threads()
     if quota is not None and quota < threads:
@@ -78,10 +85,12 @@ def read_quota(cgroup: Path) -> float | None:
     return None
 
 
-def fits(nbytes: int, place: torch.device) -> bool:
+def fits(nbytes: int, place: "torch.device") -> bool:
     """Tell whether data of this size may stay on the device for the whole training."""
     if place.type != "cuda":
         return True  # cpu and mps share the memory that the data already are in
+    import torch
+
     free, _ = torch.cuda.mem_get_info(place)
     return nbytes < free // 2
 
@@ -111,8 +120,10 @@ def kept_memory() -> Iterator[None]:
 
 
 @contextmanager
-def determinism(wanted: bool, place: torch.device) -> Iterator[None]:  # noqa: FBT001 - a switch of the config
+def determinism(wanted: bool, place: "torch.device") -> Iterator[None]:  # noqa: FBT001 - a switch of the config
     """Make one GPU repeat itself bitwise; a CPU does so anyway for a fixed number of threads."""
+    import torch
+
     if place.type != "cuda":
         yield
         return

@@ -9,10 +9,10 @@ from prefect import get_run_logger, runtime
 from mnist_cnn.digits import Digits
 from mnist_cnn.evaluation import Evaluation
 from mnist_cnn.promotion import Decision, PromotionPolicy, ReuseHistory, Scored, decide
+from tasks.datasets.snapshots import read_snapshot, read_split
 from tasks.records import ModelVersion, Snapshot
-from tasks.shards import read_snapshot, read_split
-from tasks.step import step
-from tasks.storage import Store
+from tasks.services.s3 import Store
+from tasks.services.step import step
 
 
 @step

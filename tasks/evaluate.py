@@ -7,21 +7,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 from prefect import get_run_logger, runtime
 
-from mnist_cnn.cost import measure_size, measure_times
 from mnist_cnn.device import follow_quota
 from mnist_cnn.digits import Digits
-from mnist_cnn.evaluation import Evaluation, Outcomes, evaluate, measure_all, predict
-from mnist_cnn.statistics import measure_shift
-from tasks.models import ModelUnusable, load_model
+from mnist_cnn.evaluation import Evaluation
+from tasks.datasets.snapshots import read_snapshot, read_split
 from tasks.records import ModelVersion, Snapshot
-from tasks.shards import read_snapshot, read_split
-from tasks.step import step
-from tasks.storage import Store
-from tasks.versions import asking
+from tasks.registry.models import ModelUnusable, load_model
+from tasks.registry.versions import asking
+from tasks.services.s3 import Store
+from tasks.services.step import step
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from mnist_cnn.evaluation import Outcomes
 
 _DEVICE_DIFFERENCE = 0.002  # of accuracy: another device may round a few images to another digit
 
@@ -53,8 +52,12 @@ def evaluate_models(models: Mapping[str, str], snapshot: Snapshot) -> dict[str, 
 
 def evaluate_networks(
     loaded: "Mapping[str, tuple[nn.Module, int]]", models: Mapping[str, str], snapshot: Snapshot
-) -> tuple[dict[str, Evaluation], dict[str, Outcomes]]:
+) -> tuple[dict[str, Evaluation], "dict[str, Outcomes]"]:
     """Measure networks, given with the bytes of their files, and store their outcomes."""
+    from mnist_cnn.evaluation import evaluate, measure_all
+    from mnist_cnn.evaluation.cost import measure_size, measure_times
+    from mnist_cnn.evaluation.shift import measure_shift
+
     logger = get_run_logger()
     folder = f"runs/{runtime.flow_run.id}"
     train, test = read_split(snapshot, "train"), read_split(snapshot, "test")
@@ -99,7 +102,9 @@ def try_version(version: ModelVersion, store: str) -> float:
 
     Raises ModelUnusable if it does not load, or does not do what it did when it was evaluated.
     """
-    from mlflow import MlflowClient  # noqa: PLC0415 - 2 s to import
+    from mlflow import MlflowClient
+
+    from mnist_cnn.evaluation import predict
 
     network, _ = load_model(version.model)
     dataset = version.name.removesuffix("-cnn")
@@ -117,10 +122,10 @@ def try_version(version: ModelVersion, store: str) -> float:
 
 
 def _draw(
-    evaluations: Mapping[str, Evaluation], outcomes: Outcomes, model: "nn.Module", test: Digits
+    evaluations: Mapping[str, Evaluation], outcomes: "Outcomes", model: "nn.Module", test: Digits
 ) -> dict[str, bytes]:
     """Draw the pictures of the candidate's card, as PNG."""
-    from mnist_cnn import plots  # noqa: PLC0415 - matplotlib takes a second
+    from mnist_cnn.evaluation import plots
 
     ours, theirs = evaluations["candidate"], evaluations.get("champion")
     return {
@@ -134,7 +139,7 @@ def _draw(
     }
 
 
-def _packed(outcomes: Outcomes) -> bytes:
+def _packed(outcomes: "Outcomes") -> bytes:
     content = io.BytesIO()
     np.savez_compressed(content, allow_pickle=False, **outcomes.arrays())
     return content.getvalue()

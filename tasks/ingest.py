@@ -12,10 +12,8 @@ from expectations.image_table import image_table
 from expectations.report_page import render_report
 from expectations.validation import ValidationReport, validate_batch
 from mnist_cnn.digits import SIDE, Digits
-from tasks.batch_files import MARKER, BadBatch, RawBatch, check_names, parse_batch
-from tasks.events import emit_verdict
-from tasks.exclusion import exclusive
-from tasks.ledger import (
+from tasks.arrivals.batch_files import MARKER, BadBatch, RawBatch, check_names, parse_batch
+from tasks.datasets.ledger import (
     digest_files,
     files_of,
     folder_of,
@@ -27,12 +25,14 @@ from tasks.ledger import (
     unsettled,
     write_verdict,
 )
-from tasks.models import load_model
-from tasks.outcome import read_record, write_record
+from tasks.datasets.snapshots import extend_snapshot, read_digests, read_profile, write_shards
 from tasks.records import Intake, ModelVersion, Snapshot, ValidatedSnapshot, Verdict
-from tasks.shards import extend_snapshot, read_digests, read_profile, write_shards
-from tasks.step import step
-from tasks.storage import Entry, Store
+from tasks.registry.models import load_model
+from tasks.runs.outcome import read_record, write_record
+from tasks.services.events import emit
+from tasks.services.lock import exclusive
+from tasks.services.s3 import Entry, Store
+from tasks.services.step import step
 
 if TYPE_CHECKING:
     import numpy as np
@@ -229,7 +229,7 @@ def _validate(
     present: Snapshot, raw: RawBatch, champion: ModelVersion | None, title: str
 ) -> "tuple[pd.DataFrame, ValidationReport, str]":
     """Return the image table of a batch, with a column `known`, the report, and this as a page."""
-    import pandas as pd  # noqa: PLC0415 - a quarter of a second
+    import pandas as pd
 
     table, worst = image_table(raw.images, raw.labels), dict[str, list[int]]()
     probabilities = _ask(champion, raw)
@@ -258,7 +258,7 @@ def _ask(champion: ModelVersion | None, raw: RawBatch) -> "NDArray[np.float32] |
     """Return the champion's probabilities; None if there is none, or it takes no such images."""
     if champion is None or raw.images.shape[1:] != (SIDE, SIDE):
         return None
-    from mnist_cnn.evaluation import predict  # noqa: PLC0415 - torch takes 400 MiB
+    from mnist_cnn.evaluation import predict
 
     network, _ = load_model(champion.model)
     return predict(network, raw.images)
@@ -302,3 +302,20 @@ def _demand_new(ledger: list[Verdict], batch: Verdict) -> None:
 def _objects(store: Store, folder: str) -> list[Entry]:
     """Return what lies in a folder, without the empty objects by which consoles show folders."""
     return [entry for entry in store.entries(folder) if not entry.name.endswith("/")]
+
+
+def emit_verdict(verdict: Verdict, store: str) -> None:
+    """Emit that the verdict on a batch counts."""
+    emit(
+        "batch.accepted" if verdict.accepted else "batch.quarantined",
+        f"dataset.{verdict.dataset}",
+        f"{store} {verdict.dataset} {verdict.sequence} {verdict.digest}",
+        {
+            "dataset": verdict.dataset,
+            "model": f"{verdict.dataset}-cnn",
+            "batch": verdict.batch,
+            "digest": verdict.digest,
+            "images": verdict.images,
+            "store": store,
+        },
+    )

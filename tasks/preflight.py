@@ -4,8 +4,8 @@ import os
 from http.client import HTTPException
 from urllib.request import urlopen
 
-from tasks.step import step
-from tasks.storage import Store
+from tasks.services.s3 import Store
+from tasks.services.step import step
 
 
 class TrackingUnreachable(ConnectionError):

@@ -23,9 +23,9 @@ from tasks.records import (
     Snapshot,
     ValidatedSnapshot,
 )
-from tasks.step import step
-from tasks.storage import LINK_LIFE, Store
-from tasks.versions import asking
+from tasks.registry.versions import asking
+from tasks.services.s3 import LINK_LIFE, Store
+from tasks.services.step import step
 
 _STATE_NAMES: dict[Verdict, str] = {
     "promote": "Promoted",
@@ -178,7 +178,7 @@ def _data_links(snapshot: Snapshot, report: str) -> tuple[dict[str, str], str]:
 
 
 def _mlflow_links(candidate: Candidate, version: ModelVersion) -> dict[str, str]:
-    import mlflow  # noqa: PLC0415 - 2 s to import
+    import mlflow
 
     server = mlflow.get_tracking_uri().rstrip("/")
     return {
@@ -188,7 +188,7 @@ def _mlflow_links(candidate: Candidate, version: ModelVersion) -> dict[str, str]
 
 
 def _mlflow_run(candidate: Candidate) -> str:
-    import mlflow  # noqa: PLC0415
+    import mlflow
 
     experiment = mlflow.get_run(candidate.run_id).info.experiment_id
     server = mlflow.get_tracking_uri().rstrip("/")
@@ -200,7 +200,7 @@ def _keep_records(candidate: Candidate, store: Store, records: Mapping[str, str]
 
     A link to an object in S3 expires; MLflow shows its artifacts for as long as it has the run.
     """
-    from mlflow import MlflowClient  # noqa: PLC0415
+    from mlflow import MlflowClient
 
     links = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -17,11 +17,11 @@ from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
 from pydantic import BaseModel, Field
 
-from tasks.exclusion import exclusive
-from tasks.history import Move
-from tasks.step import step
-from tasks.storage import Store
-from tasks.versions import asking
+from tasks.registry.history import Move
+from tasks.registry.versions import asking
+from tasks.services.lock import exclusive
+from tasks.services.s3 import Store
+from tasks.services.step import step
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion as RegisteredVersion
@@ -147,8 +147,8 @@ def report_removals(removals: list[Removal], *, dry_run: bool) -> None:
 
 
 def _remove_artifacts(name: str, number: str) -> bool:
-    from mlflow import MlflowClient  # noqa: PLC0415 - 2 s to import
-    from mlflow.store.artifact.artifact_repository_registry import (  # noqa: PLC0415
+    from mlflow import MlflowClient
+    from mlflow.store.artifact.artifact_repository_registry import (
         get_artifact_repository,
     )
 
@@ -168,7 +168,7 @@ def _remove_artifacts(name: str, number: str) -> bool:
 
 def _versions() -> list[Version]:
     """Return all versions; the aliases, which a search leaves out, come from their models."""
-    from mlflow import MlflowClient  # noqa: PLC0415
+    from mlflow import MlflowClient
 
     client = MlflowClient()
     aliased = {

@@ -5,8 +5,8 @@ from prefect import runtime
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 
-from tasks.step import step
-from tasks.storage import Store
+from tasks.services.s3 import Store
+from tasks.services.step import step
 
 INGEST = "ingest/on-arrival"
 

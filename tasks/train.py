@@ -22,27 +22,20 @@ import numpy as np
 from prefect import get_run_logger, runtime
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
-from mnist_cnn.device import follow_quota
+from mnist_cnn.device import Device, follow_quota
 from mnist_cnn.digits import CLASSES, SIDE
-from mnist_cnn.training import (
-    Device,
-    EpochMetrics,
-    Progress,
-    Training,
-    TrainingConfig,
-    TrainingStopped,
-    train,
-)
+from mnist_cnn.training import TrainingConfig
+from tasks.datasets.snapshots import read_split
 from tasks.records import Candidate, ValidatedSnapshot
-from tasks.shards import read_split
-from tasks.step import step
-from tasks.storage import Store
-from tasks.versions import asking
+from tasks.registry.versions import asking
+from tasks.services.s3 import Store
+from tasks.services.step import step
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
     from mnist_cnn.model import DigitCNN
+    from mnist_cnn.training import EpochMetrics, Progress, Training
 
 FLOW_RUN_TAG = "prefect.flow_run_id"
 SUPERSEDED = "superseded"
@@ -66,7 +59,9 @@ def train_model(
     the newest of them, in the same MLflow run. SIGTERM writes a last one first. If the data or the
     parameters are others by then, as after an upgrade, another MLflow run supersedes the first.
     """
-    import mlflow  # noqa: PLC0415 - 2 s to import
+    import mlflow
+
+    from mnist_cnn.training import TrainingStopped
 
     logger = get_run_logger()
     follow_quota()
@@ -101,7 +96,7 @@ def train_model(
         )
         mlflow.log_params(params)
 
-        def on_epoch(metrics: EpochMetrics) -> None:
+        def on_epoch(metrics: "EpochMetrics") -> None:
             logger.info("epoch %d: loss %.4f", metrics.epoch, metrics.loss)
             if metrics.step not in known_steps:
                 mlflow.log_metrics(_figures(metrics), step=metrics.step, synchronous=False)
@@ -156,13 +151,11 @@ def train_model(
     )
 
 
-def _trainer(processes: int) -> Callable[..., Training]:
-    """Return `train`, or its like for several processes, which costs a second to import."""
-    if processes == 1:
-        return train
-    from mnist_cnn.distributed import train_distributed  # noqa: PLC0415
+def _trainer(processes: int) -> "Callable[..., Training]":
+    """Return `train`, or its like for several processes."""
+    from mnist_cnn.training import train, train_distributed
 
-    return partial(train_distributed, processes=processes)
+    return train if processes == 1 else partial(train_distributed, processes=processes)
 
 
 class _Checkpoints:
@@ -197,7 +190,7 @@ class _Shown:
         self._sending = self._send(0.0, "Training has begun.")
         self._logged = time.monotonic()
 
-    def progress(self, now: Progress) -> None:
+    def progress(self, now: "Progress") -> None:
         """Show where training is; called about once a second, and returns at once."""
         sentence = (
             f"step {now.step:,} of {now.steps:,}: {now.images_per_second:,.0f} images/s, "
@@ -269,8 +262,8 @@ class _Meter:
 @contextmanager
 def _metered() -> Iterator[_Meter]:
     """Estimate energy and emissions; the country is `CODECARBON_COUNTRY_ISO_CODE`, else the USA."""
-    import psutil  # noqa: PLC0415
-    from codecarbon import OfflineEmissionsTracker  # noqa: PLC0415
+    import psutil
+    from codecarbon import OfflineEmissionsTracker
 
     country = os.environ.get("CODECARBON_COUNTRY_ISO_CODE")
     tracker = OfflineEmissionsTracker(
@@ -308,7 +301,7 @@ def _metered() -> Iterator[_Meter]:
             }
 
 
-def _figures(metrics: EpochMetrics) -> dict[str, float]:
+def _figures(metrics: "EpochMetrics") -> dict[str, float]:
     figures = {
         "train_loss": metrics.loss,
         "train_accuracy": metrics.accuracy,
@@ -321,7 +314,7 @@ def _figures(metrics: EpochMetrics) -> dict[str, float]:
 
 def _earlier_run(experiment: str) -> "Run | None":
     """Return the MLflow run that an earlier attempt of this flow run began, the last of them."""
-    import mlflow  # noqa: PLC0415
+    import mlflow
 
     runs: list[Run] = mlflow.search_runs(
         experiment_names=[experiment],
@@ -346,7 +339,7 @@ def _changes(earlier: "Run", params: Mapping[str, str], snapshot: str) -> list[s
 
 def _supersede(run: "Run", changed: list[str]) -> None:
     """End an MLflow run that cannot be gone on with, and say why."""
-    from mlflow import MlflowClient  # noqa: PLC0415
+    from mlflow import MlflowClient
 
     why = (
         f"another MLflow run of the flow run {runtime.flow_run.id} takes its place: when that was "
@@ -360,7 +353,7 @@ def _supersede(run: "Run", changed: list[str]) -> None:
 
 def _logged_steps(run: "Run | None") -> set[int]:
     """Return the steps that an earlier attempt has told MLflow about."""
-    from mlflow import MlflowClient  # noqa: PLC0415
+    from mlflow import MlflowClient
 
     if run is None:
         return set()
@@ -377,9 +370,9 @@ def _logged_model(run: "Run") -> str | None:
 
 def _log_onnx(model: "DigitCNN") -> None:
     """Keep the model as ONNX too, the fastest way to predict one image."""
-    import mlflow  # noqa: PLC0415
+    import mlflow
 
-    from mnist_cnn.onnx_graph import to_onnx  # noqa: PLC0415
+    from mnist_cnn.training.onnx_graph import to_onnx
 
     with TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
@@ -395,10 +388,10 @@ def _log_model(model: "DigitCNN") -> str:
     two images because the exporter would freeze a batch of one; the format is contiguous because
     the exporter doubts any other.
     """
-    import mlflow.pytorch  # noqa: PLC0415
-    import torch  # noqa: PLC0415
-    from mlflow.models import ModelSignature  # noqa: PLC0415
-    from mlflow.types import Schema, TensorSpec  # noqa: PLC0415
+    import mlflow.pytorch
+    import torch
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
 
     info = mlflow.pytorch.log_model(
         model.folded().to(memory_format=torch.contiguous_format),

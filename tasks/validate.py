@@ -7,11 +7,11 @@ from prefect import get_run_logger
 from expectations.image_table import image_table
 from expectations.report_page import render_report
 from expectations.validation import validate
-from tasks.fingerprint import digest_code
+from tasks.datasets.snapshots import read_split
 from tasks.records import RejectedSnapshot, Snapshot, ValidatedSnapshot
-from tasks.shards import read_split
-from tasks.step import step
-from tasks.storage import Store
+from tasks.registry.fingerprint import digest_code
+from tasks.services.s3 import Store
+from tasks.services.step import step
 
 
 def validation_folder(snapshot: Snapshot) -> str:

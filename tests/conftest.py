@@ -9,7 +9,7 @@ import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from deployments.stack import PROJECT, Ports, Stack, environment, start, stop
-from tasks.storage import Store
+from tasks.services.s3 import Store
 from tests import server_logs
 
 

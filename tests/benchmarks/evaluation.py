@@ -20,11 +20,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mnist_cnn.corruptions import CORRUPTIONS, Corruption
-from mnist_cnn.digits import Digits, digits_from_idx, embedded_sample
+from mnist_cnn.digits import Digits
 from mnist_cnn.evaluation import evaluate, measure, measure_all, predict
+from mnist_cnn.evaluation.corruptions import CORRUPTIONS, Corruption
+from mnist_cnn.evaluation.shift import measure_shift
+from mnist_cnn.idx import digits_from_idx
 from mnist_cnn.model import DigitCNN
-from mnist_cnn.statistics import measure_shift
+from mnist_cnn.sample import embedded_sample
 
 IMAGES = 10_000
 

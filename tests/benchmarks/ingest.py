@@ -30,12 +30,13 @@ from expectations.champion_view import contradictions
 from expectations.image_table import image_table
 from expectations.reference import reference_profile
 from expectations.validation import validate_batch
-from mnist_cnn.digits import Digits, write_idx
-from tasks.batch_files import write_parquet
-from tasks.ledger import present_snapshot, read_base, read_ledger, write_base
-from tasks.shards import write_snapshot
-from tasks.snapshot import fetch_mnist
-from tasks.storage import DEFAULT_STORE, Store
+from mnist_cnn.digits import Digits
+from mnist_cnn.idx import write_idx
+from tasks.arrivals.batch_files import write_parquet
+from tasks.datasets.base import fetch_mnist
+from tasks.datasets.ledger import present_snapshot, read_base, read_ledger, write_base
+from tasks.datasets.snapshots import write_snapshot
+from tasks.services.s3 import DEFAULT_STORE, Store
 
 MOVES = [(1, 0), (0, 1), (-1, 0), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1), (2, 0), (0, 2)]
 """Pixels down and right. Further away MNIST's digits look to the expectations as if mirrored."""
@@ -63,7 +64,7 @@ def drop(store: Store, dataset: str, batch: str, digits: Digits, form: str) -> N
 
 def take(dataset: str, batches: list[str]) -> None:
     """Ingest batches in this process, and print a line of JSON about each."""
-    from tasks.ingest import ingest_batch  # noqa: PLC0415 - what its memory is measured with
+    from tasks.ingest import ingest_batch
 
     base = read_base(Store(DEFAULT_STORE), dataset)
     for batch in batches:
@@ -115,9 +116,9 @@ def measure(train: Digits, test: Digits, batches: int) -> list[dict]:
 
 def count_false_alarms(train: Digits, test: Digits, batches: int) -> dict[str, object]:
     """Judge honest batches of 500 to 5,000 images, and say what failed how often."""
-    from mnist_cnn.evaluation import predict  # noqa: PLC0415 - torch is not for those who take
-    from mnist_cnn.training import TrainingConfig  # noqa: PLC0415
-    from mnist_cnn.training import train as fit  # noqa: PLC0415
+    from mnist_cnn.evaluation import predict
+    from mnist_cnn.training import TrainingConfig
+    from mnist_cnn.training import train as fit
 
     draw = np.random.default_rng(0)
     # At random: every other image of MNIST is by the other one of its two groups of writers, whose

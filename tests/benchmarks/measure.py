@@ -24,13 +24,13 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from mnist_cnn.checkpoint import LocalCheckpoints
 from mnist_cnn.device import Device, choose_device, choose_precision
-from mnist_cnn.digits import SIDE, Digits, digits_from_idx, embedded_sample
+from mnist_cnn.digits import SIDE, Digits
+from mnist_cnn.idx import digits_from_idx
 from mnist_cnn.model import DigitCNN
-from mnist_cnn.onnx_graph import to_onnx
-from mnist_cnn.recipe import TrainingConfig
-from mnist_cnn.training import train
+from mnist_cnn.sample import embedded_sample
+from mnist_cnn.training import LocalCheckpoints, TrainingConfig, train
+from mnist_cnn.training.onnx_graph import to_onnx
 
 Result = dict[str, Any]
 Predict = Callable[[Tensor], Tensor]
@@ -71,7 +71,7 @@ def timed(result: Result, name: str = "") -> Iterator[None]:
 
 def measure_peer(name: str, seed: int, device: Device, epochs: int | None = None) -> Result:
     """Train a peer's recipe, or the first epochs of it, and measure it on its test part."""
-    from tests.benchmarks import baselines  # noqa: PLC0415 - its torchvision is not ours to pay for
+    from tests.benchmarks import baselines
 
     recipe, place = baselines.RECIPES[name], choose_device(device)
     train_part, held_part, test_part = recipe.split(read_digits("train"), read_digits("t10k"), seed)
@@ -281,8 +281,8 @@ def measure_inference(preset: str, device: Device, rounds: int, *, compiled: boo
 
 def _ways(model: DigitCNN, *, compiled: bool) -> tuple[dict[str, Predict], dict[str, Predict]]:
     """Return the ways to predict in batches and those to predict one image."""
-    import mlflow.pytorch  # noqa: PLC0415 - two seconds that only this job needs
-    import onnxruntime  # noqa: PLC0415
+    import mlflow.pytorch
+    import onnxruntime
 
     folded = model.folded()
 

@@ -29,8 +29,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
-from mnist_cnn.digits import Digits, digits_from_idx
+from mnist_cnn.digits import Digits
 from mnist_cnn.evaluation import predict
+from mnist_cnn.idx import digits_from_idx
 from mnist_cnn.promotion import PromotionPolicy, ReuseHistory, Scored, Verdict, decide
 from mnist_cnn.training import TrainingConfig, train
 

@@ -20,11 +20,11 @@ from mlflow import MlflowClient
 
 from mnist_cnn.evaluation import Evaluation
 from mnist_cnn.promotion import Decision
-from tasks.history import read_history, trace
+from tasks.promote import find_champion, register_candidate, set_champion
 from tasks.records import Candidate, ModelVersion
-from tasks.registry import find_champion, register_candidate, set_champion
-from tasks.storage import DEFAULT_STORE, Store
-from tasks.versions import read_versions
+from tasks.registry.history import read_history, trace
+from tasks.registry.versions import read_versions
+from tasks.services.s3 import DEFAULT_STORE, Store
 
 
 def make_version(name: str, number: int) -> ModelVersion:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mnist_cnn.digits import embedded_sample
 from mnist_cnn.model import DigitCNN
+from mnist_cnn.sample import embedded_sample
 from tests.benchmarks import baselines, measure, training
 
 

@@ -13,10 +13,11 @@ from deployments.tour import POLICY, Parts, Row, sample_parts, table
 from expectations.image_table import image_table
 from expectations.reference import reference_profile
 from expectations.validation import validate_batch
-from mnist_cnn.comparison import images_to_prove
 from mnist_cnn.digits import Digits
 from mnist_cnn.evaluation import evaluate, measure_all
-from mnist_cnn.promotion import ReuseHistory, Scored, decide, evidence_level
+from mnist_cnn.promotion import ReuseHistory, Scored, decide
+from mnist_cnn.promotion.comparison import images_to_prove
+from mnist_cnn.promotion.decision import evidence_level
 from mnist_cnn.training import TrainingConfig, train
 
 

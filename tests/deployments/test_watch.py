@@ -7,7 +7,7 @@ import pytest
 from deployments.services import Ports, Stack, environment
 from deployments.stack import inherited_environment
 from deployments.watch import is_local, missing_services
-from tasks.storage import default_store
+from tasks.services.s3 import default_store
 
 STACK = Stack(Path("/nowhere"), Ports(prefect=4217))
 

@@ -3,7 +3,9 @@ from urllib.request import urlopen
 
 import pytest
 
-from mnist_cnn.digits import Digits, digits_from_idx, embedded_sample
+from mnist_cnn.digits import Digits
+from mnist_cnn.idx import digits_from_idx
+from mnist_cnn.sample import embedded_sample
 
 Splits = tuple[Digits, Digits]
 

@@ -38,14 +38,20 @@ from deployments.tour import begin
 from expectations.image_table import image_table
 from mnist_cnn.digits import Digits
 from mnist_cnn.promotion import PromotionPolicy
-from tasks.batch_files import MARKER, parse_batch, write_parquet
-from tasks.history import read_history, trace
-from tasks.ledger import folder_of, incoming_folder, present_snapshot, read_base, read_ledger
-from tasks.recovery import GIVEN_UP
-from tasks.shards import read_split
-from tasks.storage import DEFAULT_STORE, StorageUnreachable, Store
-from tasks.turn import TAG
-from tasks.versions import read_model, read_versions
+from tasks.arrivals.batch_files import MARKER, parse_batch, write_parquet
+from tasks.datasets.ledger import (
+    folder_of,
+    incoming_folder,
+    present_snapshot,
+    read_base,
+    read_ledger,
+)
+from tasks.datasets.snapshots import read_split
+from tasks.registry.history import read_history, trace
+from tasks.registry.versions import read_model, read_versions
+from tasks.runs.turn import TAG
+from tasks.services.s3 import DEFAULT_STORE, StorageUnreachable, Store
+from tasks.watch.recovery import GIVEN_UP
 from tests.faults.bench import SERVICES, Bench
 from tests.faults.plan import (
     GOOD_PARTS,

@@ -16,15 +16,15 @@ from expectations.image_table import image_table
 from mnist_cnn.digits import Digits
 from mnist_cnn.promotion import PromotionPolicy
 from mnist_cnn.training import TrainingConfig
-from tasks import registry
-from tasks.batch_files import write_parquet
-from tasks.history import Account
-from tasks.ledger import settle, write_base, write_verdict
+from tasks import promote as registry
+from tasks.arrivals.batch_files import write_parquet
+from tasks.datasets.ledger import settle, write_base, write_verdict
+from tasks.datasets.snapshots import extend_snapshot, write_shards, write_snapshot
 from tasks.records import ModelVersion, Snapshot, ValidatedSnapshot, Verdict
-from tasks.shards import extend_snapshot, write_shards, write_snapshot
-from tasks.storage import DEFAULT_STORE, Store
+from tasks.registry.history import Account
+from tasks.registry.versions import CHALLENGER, describe
+from tasks.services.s3 import DEFAULT_STORE, Store
 from tasks.validate import validation_folder
-from tasks.versions import CHALLENGER, describe
 from tests.faults.bench import Bench
 
 POLICY = PromotionPolicy(

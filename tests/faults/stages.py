@@ -7,10 +7,10 @@ from uuid import UUID
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
 from prefect.client.schemas.objects import StateType
 
-from tasks.history import read_history, trace
-from tasks.ledger import read_ledger
-from tasks.storage import DEFAULT_STORE, Store
-from tasks.versions import read_model, read_versions
+from tasks.datasets.ledger import read_ledger
+from tasks.registry.history import read_history, trace
+from tasks.registry.versions import read_model, read_versions
+from tasks.services.s3 import DEFAULT_STORE, Store
 from tests.faults.bench import Bench
 from tests.faults.prepare import (
     PARTS,

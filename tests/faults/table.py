@@ -27,7 +27,7 @@ from uuid import UUID
 
 from prefect.client.schemas.objects import FlowRun, State
 
-from tasks.recovery import GIVEN_UP
+from tasks.watch.recovery import GIVEN_UP
 from tests.faults.bench import Bench, opened
 from tests.faults.plant import Blow, Strike, Struck
 from tests.faults.prepare import Template, train_template

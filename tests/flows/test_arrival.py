@@ -17,10 +17,11 @@ from prefect.client.schemas.objects import FlowRun
 from deployments.drop import announce, drop
 from deployments.stack import PROJECT, Stack
 from deployments.tour import begin, sample_parts
-from mnist_cnn.digits import Digits, embedded_sample
-from tasks.batch_files import BadBatch, write_parquet
-from tasks.ledger import read_ledger
-from tasks.storage import DEFAULT_STORE, Store
+from mnist_cnn.digits import Digits
+from mnist_cnn.sample import embedded_sample
+from tasks.arrivals.batch_files import BadBatch, write_parquet
+from tasks.datasets.ledger import read_ledger
+from tasks.services.s3 import DEFAULT_STORE, Store
 
 QUIET_SECONDS = 10  # the least that Prefect allows
 

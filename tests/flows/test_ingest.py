@@ -10,10 +10,12 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRun
 
 from deployments.stack import Stack
 from flows.ingest import compare, ingest
-from mnist_cnn.digits import Digits, embedded_sample, write_idx
-from tasks.ledger import present_snapshot, read_base, read_ledger
+from mnist_cnn.digits import Digits
+from mnist_cnn.idx import write_idx
+from mnist_cnn.sample import embedded_sample
+from tasks.datasets.ledger import present_snapshot, read_base, read_ledger
 from tasks.records import Snapshot
-from tasks.storage import Store
+from tasks.services.s3 import Store
 from tests.flows.runs import create_run, execute, retry
 
 PLACE = "s3://mnist-retraining/tests/ingest-flow"

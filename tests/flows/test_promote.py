@@ -17,10 +17,11 @@ from deployments.stack import PROJECT, Stack
 from flows.promote import judge, roll_back, tell_history
 from flows.train import train
 from mnist_cnn.promotion import Decision, decide
-from tasks.evaluate import ModelUnusable, try_version
-from tasks.history import folder_of
-from tasks.registry import find_champion, set_champion
-from tasks.storage import DEFAULT_STORE, Store
+from tasks.evaluate import try_version
+from tasks.promote import find_champion, set_champion
+from tasks.registry.history import folder_of
+from tasks.registry.models import ModelUnusable
+from tasks.services.s3 import DEFAULT_STORE, Store
 from tests.tasks.versions import make_champion
 
 NAME = "digits-cnn"

@@ -12,9 +12,9 @@ from prefect.exceptions import ObjectNotFound
 
 from deployments.stack import PROJECT, Stack
 from flows import promote
-from tasks.history import read_history, trace
-from tasks.storage import DEFAULT_STORE, Store
-from tasks.versions import read_versions
+from tasks.registry.history import read_history, trace
+from tasks.registry.versions import read_versions
+from tasks.services.s3 import DEFAULT_STORE, Store
 from tests.flows.runs import create_run, execute, retry
 from tests.tasks.versions import make_challenger, make_champion
 

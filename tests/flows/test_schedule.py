@@ -10,8 +10,8 @@ from prefect import flow
 
 from deployments.due import Ask, read_due, table
 from deployments.stack import Stack, prefect_api
-from tasks.schedules import restore_schedules
-from tasks.storage import Store
+from tasks.services.s3 import Store
+from tasks.watch.schedules import restore_schedules
 
 SECONDS = 15
 
@@ -81,7 +81,9 @@ def test_a_schedule_that_was_switched_in_the_ui_is_about_its_data_set_again(
     (made,) = ask("POST", path, [{**wanted, "parameters": {"dataset": "switched"}}])
     try:
         ask("PATCH", f"{path}/{made['id']}", {"active": False})  # as the UI does
-        assert read()["parameters"] == {}, "the server forgets no more: drop tasks/schedules.py"
+        assert read()["parameters"] == {}, (
+            "the server forgets no more: drop tasks/watch/schedules.py"
+        )
         assert mend() == []  # nobody says that it is a data set
         store.put("datasets/switched/base.json", b"{}")
         (sentence,) = mend()

@@ -11,8 +11,8 @@ from deployments.drop import drop
 from deployments.stack import Stack
 from deployments.tour import begin, sample_parts
 from flows.ingest import sweep
-from tasks.batch_files import write_parquet
-from tasks.storage import Store
+from tasks.arrivals.batch_files import write_parquet
+from tasks.services.s3 import Store
 from tasks.sweep import start_ingests
 
 

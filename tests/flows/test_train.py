@@ -28,11 +28,12 @@ from prefect.client.schemas.objects import FlowRun
 
 from deployments.stack import PROJECT, Stack
 from flows.train import train
-from mnist_cnn.digits import Digits, embedded_sample
-from tasks.ledger import read_base
+from mnist_cnn.digits import Digits
+from mnist_cnn.sample import embedded_sample
+from tasks.datasets.ledger import read_base
+from tasks.promote import find_champion
 from tasks.records import RunSummary
-from tasks.registry import find_champion
-from tasks.storage import DEFAULT_STORE, Store
+from tasks.services.s3 import DEFAULT_STORE, Store
 
 
 def type_command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -268,7 +269,7 @@ def test_a_registry_that_fails_in_the_middle_promotes_nothing(
 
     with monkeypatch.context() as fault:
         fault.setattr(MlflowClient, "get_registered_model", broken)
-        fault.setattr("tasks.registry.find_champion.retries", 0, raising=False)
+        fault.setattr("tasks.promote.find_champion.retries", 0, raising=False)
         state = train("digits", return_state=True)
     assert state.is_failed()
     assert "could not be read" in str(state.message)

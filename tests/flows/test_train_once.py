@@ -14,10 +14,10 @@ from deployments.stack import PROJECT, Stack
 from flows.promote import roll_back
 from flows.train import train
 from mnist_cnn.promotion import Decision
-from tasks.history import read_history, trace
-from tasks.registry import find_champion
-from tasks.storage import Store
-from tasks.versions import read_versions
+from tasks.promote import find_champion
+from tasks.registry.history import read_history, trace
+from tasks.registry.versions import read_versions
+from tasks.services.s3 import Store
 from tests.flows.runs import create_run, retry
 
 NAME = "digits-cnn"
@@ -56,7 +56,7 @@ DEATHS = [
 
 
 def better(*arguments: object) -> Decision:
-    from mnist_cnn.promotion import decide  # noqa: PLC0415 - the one that is not patched
+    from mnist_cnn.promotion import decide
 
     return decide(*arguments).model_copy(update={"verdict": "promote", "reason": "better"})
 

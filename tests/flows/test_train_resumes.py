@@ -21,9 +21,9 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.states import Crashed
 
 from deployments.stack import PROJECT, Stack
-from mnist_cnn.digits import embedded_sample
+from mnist_cnn.sample import embedded_sample
 from mnist_cnn.training import TrainingConfig, train
-from tasks.storage import DEFAULT_STORE, Store
+from tasks.services.s3 import DEFAULT_STORE, Store
 
 STEPS = 600
 THREADS = torch.get_num_threads()

@@ -22,11 +22,11 @@ from prefect.deployments import run_deployment
 
 from deployments.notify import add
 from deployments.stack import Stack
-from tasks.alarms import keep_rules
-from tasks.messages import Message
-from tasks.notifications import Delivery, Outbox, find_recipients, known_to_server
-from tasks.storage import DEFAULT_STORE, Store
-from tasks.turn import TAG
+from tasks.runs.turn import TAG
+from tasks.services.s3 import DEFAULT_STORE, Store
+from tasks.watch.alarms import keep_rules
+from tasks.watch.messages import Message
+from tasks.watch.notifications import Delivery, Outbox, find_recipients, known_to_server
 from tests.inbox import TOKEN, Inbox, open_inbox
 
 

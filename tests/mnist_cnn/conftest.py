@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mnist_cnn.digits import CLASSES, Digits, embedded_sample
+from mnist_cnn.digits import CLASSES, Digits
 from mnist_cnn.evaluation import Outcomes, measure_all
+from mnist_cnn.sample import embedded_sample
 
 
 @pytest.fixture(scope="session", autouse=True)

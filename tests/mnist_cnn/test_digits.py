@@ -5,7 +5,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from mnist_cnn.digits import Digits, digits_from_idx, embedded_sample, parse_idx, write_idx
+from mnist_cnn.digits import Digits
+from mnist_cnn.idx import digits_from_idx, parse_idx, write_idx
+from mnist_cnn.sample import embedded_sample
 
 IMAGES = np.arange(3 * 28 * 28, dtype=np.uint8).reshape(3, 28, 28)
 LABELS = np.array([0, 9, 4], np.uint8)

@@ -4,7 +4,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 
-from tasks.storage import DEFAULT_STORE, Store
+from tasks.services.s3 import DEFAULT_STORE, Store
 
 
 def kill_before_each_write(

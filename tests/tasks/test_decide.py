@@ -11,13 +11,14 @@ from prefect import flow
 from prefect.client.schemas import State
 
 from deployments.stack import Stack
-from mnist_cnn.digits import Digits, embedded_sample
+from mnist_cnn.digits import Digits
 from mnist_cnn.evaluation import Evaluation, Outcomes, evaluate
 from mnist_cnn.promotion import POLICIES, Decision
+from mnist_cnn.sample import embedded_sample
+from tasks.datasets.snapshots import read_snapshot, write_snapshot
 from tasks.decide import decide_promotion
 from tasks.records import ModelVersion, Snapshot
-from tasks.shards import read_snapshot, write_snapshot
-from tasks.storage import Store
+from tasks.services.s3 import Store
 
 PLACE = "s3://mnist-retraining/tests/decide"
 MONDAY = datetime(2026, 11, 2, tzinfo=UTC)

@@ -12,13 +12,15 @@ from prefect.logging import disable_run_logger
 from torch import nn
 
 from deployments.stack import PROJECT
-from mnist_cnn.digits import Digits, embedded_sample, write_idx
-from tasks.batch_files import write_parquet
+from mnist_cnn.digits import Digits
+from mnist_cnn.idx import write_idx
+from mnist_cnn.sample import embedded_sample
+from tasks.arrivals.batch_files import write_parquet
+from tasks.datasets.ledger import folder_of, present_snapshot, read_ledger, write_base
+from tasks.datasets.snapshots import read_split, write_snapshot
 from tasks.ingest import Arrivals, find_arrivals, ingest_batch
-from tasks.ledger import folder_of, present_snapshot, read_ledger, write_base
 from tasks.records import ModelVersion, Snapshot, Verdict
-from tasks.shards import read_split, write_snapshot
-from tasks.storage import Store
+from tasks.services.s3 import Store
 
 SAMPLE, HOLDOUT = embedded_sample()
 Files = dict[str, bytes]
@@ -410,8 +412,8 @@ def test_two_ingests_at_once_take_each_batch_once(store: Store, base: Snapshot) 
         "import sys\n"
         "from prefect.logging import disable_run_logger\n"
         "from tasks.ingest import ingest_batch\n"
-        "from tasks.ledger import read_base\n"
-        "from tasks.storage import Store\n"
+        "from tasks.datasets.ledger import read_base\n"
+        "from tasks.services.s3 import Store\n"
         "with disable_run_logger():\n"
         "    for name in sys.argv[2:]:\n"
         "        ingest_batch.fn(read_base(Store(sys.argv[1]), 'digits'), name, None)\n"

@@ -21,16 +21,16 @@ from urllib3.exceptions import ProtocolError
 
 from deployments.services import Ports, inherited_environment, mlflow_server
 from deployments.stack import Stack
-from mnist_cnn.digits import embedded_sample
-from mnist_cnn.recipe import RECIPES, TrainingConfig
+from mnist_cnn.sample import embedded_sample
+from mnist_cnn.training import RECIPES, TrainingConfig
 from tasks import train
-from tasks.models import ModelUnusable, load_model
+from tasks.datasets.snapshots import write_snapshot
+from tasks.promote import find_champion
 from tasks.records import Candidate, ValidatedSnapshot
-from tasks.registry import find_champion
-from tasks.shards import write_snapshot
-from tasks.storage import DEFAULT_STORE, Store
+from tasks.registry.models import ModelUnusable, load_model
+from tasks.registry.versions import RegistryError, RegistryUnreachable, asking, digest_artifacts
+from tasks.services.s3 import DEFAULT_STORE, Store
 from tasks.train import train_model
-from tasks.versions import RegistryError, RegistryUnreachable, asking, digest_artifacts
 from tests.flows.runs import create_run, execute, retry
 from tests.tasks.versions import make_champion
 

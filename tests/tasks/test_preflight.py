@@ -1,7 +1,7 @@
 import pytest
 
 from tasks.preflight import TrackingUnreachable, TrackingUnset, check_services
-from tasks.storage import StorageUnreachable, Store
+from tasks.services.s3 import StorageUnreachable, Store
 
 
 def test_services_that_answer_pass(store: Store) -> None:

@@ -6,9 +6,9 @@ from mlflow import MlflowClient
 
 from deployments.stack import Stack
 from flows.retain import retain
-from tasks.history import Move
+from tasks.registry.history import Move
 from tasks.retain import RetentionPolicy, Version, choose_removals
-from tasks.storage import Store
+from tasks.services.s3 import Store
 
 NOW = datetime(2026, 11, 2, tzinfo=UTC)
 POLICY = RetentionPolicy(checkpoint_days=14, rejected_days=90)

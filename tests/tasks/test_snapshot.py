@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 from prefect.logging import disable_run_logger
 
-from mnist_cnn.digits import embedded_sample
-from tasks.shards import read_split
-from tasks.snapshot import MirrorUnreachable, fetch_mnist, take_snapshot
-from tasks.storage import Store
+from mnist_cnn.sample import embedded_sample
+from tasks.datasets.base import MirrorUnreachable, fetch_mnist
+from tasks.datasets.snapshots import read_split
+from tasks.services.s3 import Store
+from tasks.snapshot import take_snapshot
 
 
 def test_mnist_comes_whole_from_its_mirror(

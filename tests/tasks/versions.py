@@ -8,9 +8,9 @@ from mlflow import MlflowClient
 
 from mnist_cnn.evaluation import Evaluation
 from mnist_cnn.promotion import Decision
+from tasks.promote import register_candidate, set_challenger, set_champion
 from tasks.records import Candidate, ModelVersion
-from tasks.registry import register_candidate, set_challenger, set_champion
-from tasks.storage import DEFAULT_STORE
+from tasks.services.s3 import DEFAULT_STORE
 
 
 def make_candidate(name: str, content: str = "weights") -> Candidate:

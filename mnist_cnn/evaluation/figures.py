@@ -1,0 +1,211 @@
+"""The figures of an evaluation: one model on the test split of one snapshot."""
+
+from typing import Literal
+
+from pydantic import BaseModel
+
+
+class Interval(BaseModel, frozen=True):
+    """A 95 % confidence interval."""
+
+    low: float
+    high: float
+
+
+Factor = Literal["handwriting style", "noise level", "image quality"]
+
+
+class ConditionResult(BaseModel, frozen=True):
+    """Accuracy under one corruption at one strength, or why there is none."""
+
+    corruption: str
+    factor: Factor
+    unit: str
+    strength: float
+    accuracy: float | None
+    interval: Interval | None
+    gap: str | None = None
+    """Why it was not measured; None where it was."""
+
+
+class Slice(BaseModel, frozen=True):
+    """The test images whose style lies in one part of its range."""
+
+    style: str
+    unit: str
+    low: float
+    high: float
+    images: int
+    accuracy: float
+    interval: Interval
+
+
+class PriorResult(BaseModel, frozen=True):
+    """Accuracy if the digits came with other frequencies than in the test split."""
+
+    name: str
+    priors: list[float]
+    accuracy: float | None
+    gap: str | None = None
+
+
+class PriorShift(BaseModel, frozen=True):
+    """Accuracy under shifted label priors."""
+
+    scenarios: list[PriorResult]
+    radius: float
+    """Total variation distance from the test split's priors, 0 to 1."""
+    worst: PriorResult
+    """The lowest accuracy that any priors within the radius give."""
+
+
+class StyleShift(BaseModel, frozen=True):
+    """One statistic of the images in the test split against the training split."""
+
+    style: str
+    unit: str
+    training_mean: float
+    test_mean: float
+    difference: float
+    """Test mean less training mean, in standard deviations of the training split."""
+    distance: float
+    """Kolmogorov-Smirnov distance of the two distributions, 0 (the same) to 1."""
+
+
+class Shift(BaseModel, frozen=True):
+    """How far the test split is from the training split."""
+
+    training_labels: list[int]
+    test_labels: list[int]
+    label_distance: float
+    """Total variation distance of the two label distributions, 0 to 1."""
+    styles: list[StyleShift]
+
+
+SURE = 0.9
+"""From this confidence on, an error counts as a confident one."""
+
+
+class ReliabilityBin(BaseModel, frozen=True):
+    """The images whose confidence lies in one bin; None where there is no such image."""
+
+    low: float
+    high: float
+    images: int
+    confidence: float | None
+    accuracy: float | None
+
+
+class Calibration(BaseModel, frozen=True):
+    """Confidence against accuracy."""
+
+    expected_error: float
+    """Mean gap between confidence and accuracy over the bins, weighted by images, 0 to 1."""
+    brier: float
+    """Mean squared distance of the ten probabilities from the truth, 0 to 2 (Brier 1950)."""
+    bins: list[ReliabilityBin]
+
+
+class Confidence(BaseModel, frozen=True):
+    """How sure the model is when it errs; None where it never errs or is never right."""
+
+    errors: int
+    when_right: float | None
+    when_wrong: float | None
+    confident_errors: int
+    """Errors made with a confidence of at least `SURE`."""
+    ranking: float | None
+    """Chance that a right answer is surer than a wrong one (area under the ROC curve)."""
+
+
+class ModelSize(BaseModel, frozen=True):
+    """How large a model is."""
+
+    parameters: int
+    multiply_accumulates: int
+    """For one image; convolutions and matrix products, as torch's flop counter counts them."""
+    file_bytes: int | None
+    """Size of the stored model; None where it was not stored."""
+
+
+class Times(BaseModel, frozen=True):
+    """How fast a model is here. The only figures that differ from one evaluation to the next."""
+
+    device: str
+    threads: int
+    single_image_ms: float
+    """Median time of one image, milliseconds."""
+    single_image_p95_ms: float
+    batch_size: int
+    batch_images_per_second: float
+    """From the median time of a batch."""
+    scoring_seconds: float
+    """Time that the model spent on the clean and all corrupted images."""
+
+
+class ClassMetrics(BaseModel, frozen=True):
+    """Precision, recall and F1 of one digit, each 0 to 1, and how many images show it.
+
+    None is a gap: recall where no image shows the digit, precision where it was never predicted.
+    """
+
+    digit: int
+    precision: float | None
+    recall: float | None
+    f1: float | None
+    support: int
+
+
+class ConfusedPair(BaseModel, frozen=True):
+    """How often one digit was taken for another."""
+
+    true: int
+    predicted: int
+    images: int
+
+
+class Intervals(BaseModel, frozen=True):
+    """95 % intervals from resampling the test images (percentile bootstrap, Efron 1979)."""
+
+    resamples: int
+    accuracy: Interval
+    macro_f1: Interval
+    loss: Interval
+    brier: Interval
+    expected_error: Interval
+
+
+class Evaluation(BaseModel, frozen=True):
+    """One model on the test split of one snapshot."""
+
+    model: str
+    """Address of the model in MLflow."""
+    snapshot: str
+    """Digest of the snapshot whose test split was measured."""
+    outcomes: str
+    """Address of the outcome of every image."""
+    images: int
+    seed: int
+    """Seed of the corruptions and of the bootstrap."""
+    accuracy: float
+    loss: float
+    """Mean cross entropy, nats."""
+    macro_f1: float
+    """Mean F1 of the digits that test images show."""
+    intervals: Intervals
+    classes: list[ClassMetrics]
+    confusion: list[list[int]]
+    """Images by true digit (row) and predicted digit (column)."""
+    confused: list[ConfusedPair]
+    """The most confused pairs, most frequent first."""
+    conditions: list[ConditionResult]
+    slices: list[Slice]
+    shift: Shift | None
+    """Test split against training split; None where no training split was given."""
+    priors: PriorShift
+    calibration: Calibration
+    confidence: Confidence
+    size: ModelSize | None
+    times: Times | None
+    gaps: list[str]
+    """What could not be measured, one sentence each."""

@@ -1,0 +1,45 @@
+"""The distance of a test split from its training split."""
+
+import numpy as np
+
+from mnist_cnn.digits import CLASSES, Digits
+from mnist_cnn.evaluation.figures import Shift, StyleShift
+from mnist_cnn.styles import STYLES, Floats, measure_styles
+
+
+def measure_shift(training: Digits, test: Digits) -> Shift:
+    """Return how far `test` is from `training`. Raises ValueError if either has no image."""
+    for name, split in (("training", training), ("test", test)):
+        if not len(split):
+            raise ValueError(f"the {name} split has no images; expected some to compare")
+    counts = [np.bincount(split.labels, minlength=CLASSES) for split in (training, test)]
+    shares = [count / count.sum() for count in counts]
+    before, after = measure_styles(training.images), measure_styles(test.images)
+    return Shift(
+        training_labels=counts[0].tolist(),
+        test_labels=counts[1].tolist(),
+        label_distance=float(np.abs(shares[0] - shares[1]).sum() / 2),
+        styles=[
+            _style_shift(style, _known(before[style]), _known(after[style])) for style in STYLES
+        ],
+    )
+
+
+def _known(values: Floats) -> Floats:
+    return values[np.isfinite(values)]
+
+
+def _style_shift(style: str, before: Floats, after: Floats) -> StyleShift:
+    if not len(before) or not len(after):
+        raise ValueError(f"no image has a {style}: every image of a split is blank")
+    every = np.sort(np.concatenate([before, after]))
+    below = [np.searchsorted(np.sort(part), every, "right") / len(part) for part in (before, after)]
+    spread = before.std()
+    return StyleShift(
+        style=style,
+        unit=STYLES[style],
+        training_mean=float(before.mean()),
+        test_mean=float(after.mean()),
+        difference=float((after.mean() - before.mean()) / spread) if spread else 0.0,
+        distance=float(np.abs(below[0] - below[1]).max()),
+    )

@@ -1,0 +1,22 @@
+"""Promotion: from two models' outcomes to a verdict with reasons; see README.md."""
+
+from mnist_cnn.promotion.decision import (
+    Check,
+    Decision,
+    ReuseHistory,
+    Scored,
+    Verdict,
+    decide,
+)
+from mnist_cnn.promotion.policy import POLICIES, PromotionPolicy
+
+__all__ = [
+    "POLICIES",
+    "Check",
+    "Decision",
+    "PromotionPolicy",
+    "ReuseHistory",
+    "Scored",
+    "Verdict",
+    "decide",
+]

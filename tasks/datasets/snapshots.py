@@ -1,0 +1,231 @@
+"""Snapshots of a data set: immutable lists of shards, which are parts of a split.
+
+    STORE/datasets/NAME/shards/SHA256.parquet          images and labels, named by what they hold
+    STORE/datasets/NAME/shards/SHA256.digests.npy      one row an image: its two digests
+    STORE/datasets/NAME/snapshots/SHA256.json          manifests, written last
+    STORE/datasets/NAME/snapshots/SHA256.profile.json  how the training images are distributed
+
+All of them are named by what they hold, or are computed from such an object: a repeat writes the
+same bytes to the same name, so that it does no harm and is left out.
+"""
+
+import hashlib
+import io
+import json
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from expectations.image_table import image_table
+from expectations.reference import ReferenceProfile, reference_profile
+from mnist_cnn.digits import CLASSES, SIDE, Digits
+from tasks.records import Shard, Snapshot, Split
+from tasks.services.s3 import Store
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SHARD_IMAGES = 10_000
+"""Images in a shard: 7.8 MB before compression."""
+
+
+def write_snapshot(
+    store: Store, dataset: str, train: Digits, test: Digits, origin: str
+) -> Snapshot:
+    """Store both splits as shards and then, last, the manifest; what is there is not sent again.
+
+    The manifest holds no time and no address, so that the same data has the same digest anywhere.
+    """
+    table = image_table(train.images, train.labels)
+    base = _snapshot(
+        store,
+        dataset,
+        write_shards(store, dataset, train, table, origin),
+        write_shards(store, dataset, test, image_table(test.images, test.labels), origin),
+    )
+    if not store.has(store.name_of(base.address)):
+        _write_manifest(store, base, reference_profile(table))
+    return base
+
+
+def extend_snapshot(
+    store: Store,
+    parent: Snapshot,
+    shards: list[Shard],
+    until: datetime,
+    table: "pd.DataFrame | None" = None,
+) -> Snapshot:
+    """Return the snapshot of `parent` and further training shards, which arrived by `until`.
+
+    `table` is the image table of the shards; without it they are read and measured again.
+    """
+    until = max(until, parent.until or until)
+    grown = _snapshot(
+        store, parent.dataset, parent.train + shards, parent.test, parent.digest, until
+    )
+    if not store.has(store.name_of(grown.address)):
+        profile = read_profile(parent)
+        if table is not None:
+            profile = profile.extended(table)
+        else:
+            for shard in shards:
+                part = _read_shard(store, parent.dataset, shard)
+                profile = profile.extended(image_table(part.images, part.labels))
+        _write_manifest(store, grown, profile)
+    return grown
+
+
+def write_shards(
+    store: Store, dataset: str, digits: Digits, table: "pd.DataFrame", origin: str
+) -> list[Shard]:
+    """Store digits, with what their image table says, as shards; what is there is left."""
+    digests = table[["digest", "near_digest"]].to_numpy(np.int64)
+    return [
+        _write_shard(
+            store,
+            dataset,
+            digits.part(start, start + SHARD_IMAGES),
+            digests[start : start + SHARD_IMAGES],
+            origin,
+        )
+        for start in range(0, len(digits), SHARD_IMAGES)
+    ]
+
+
+def read_snapshot(store: Store, dataset: str, digest: str) -> Snapshot:
+    """Read a manifest; FileNotFoundError if there is none, ValueError if it was changed."""
+    name = f"datasets/{dataset}/snapshots/{digest}.json"
+    content = store.get(name)
+    found = hashlib.sha256(content).hexdigest()
+    if found != digest:
+        raise ValueError(
+            f"{store.address_of(name)} has the digest {found}; it was changed after it was "
+            "written: restore it from a backup"
+        )
+    return Snapshot(**json.loads(content), store=store.address, digest=digest)
+
+
+def read_profile(snapshot: Snapshot) -> ReferenceProfile:
+    """Read how the snapshot's training images are distributed."""
+    store = Store(snapshot.store)
+    return ReferenceProfile.model_validate_json(store.get(_profile_name(snapshot)))
+
+
+def read_split(snapshot: Snapshot, split: Split) -> Digits:
+    """Read one split into memory; ValueError if a shard no longer holds what its name says."""
+    store = Store(snapshot.store)
+    total = snapshot.images(split)
+    images = np.empty((total, SIDE, SIDE), np.uint8)
+    labels = np.empty(total, np.int64)
+    start = 0
+    for shard in snapshot.shards(split):
+        part = _read_shard(store, snapshot.dataset, shard)
+        images[start : start + len(part)] = part.images
+        labels[start : start + len(part)] = part.labels
+        start += len(part)
+    return Digits(images, labels)
+
+
+def read_digests(snapshot: Snapshot, split: Split) -> NDArray[np.int64]:
+    """Return exact and near digest of each image of a split, int64 (N, 2).
+
+    They are those of `image_table`; 16 bytes an image, so that what was accepted in years can be
+    asked for while a batch is judged.
+    """
+    store = Store(snapshot.store)
+    parts = [
+        np.load(io.BytesIO(store.get(_digests_name(snapshot.dataset, shard.digest))))
+        for shard in snapshot.shards(split)
+    ]
+    return np.concatenate(parts)
+
+
+def _snapshot(
+    store: Store,
+    dataset: str,
+    train: list[Shard],
+    test: list[Shard],
+    parent: str | None = None,
+    until: datetime | None = None,
+) -> Snapshot:
+    unnamed = Snapshot(
+        dataset=dataset,
+        store=store.address,
+        digest="",
+        train=train,
+        test=test,
+        parent=parent,
+        until=until,
+    )
+    digest = hashlib.sha256(_manifest(unnamed)).hexdigest()
+    return unnamed.model_copy(update={"digest": digest})
+
+
+def _manifest(snapshot: Snapshot) -> bytes:
+    content = snapshot.model_dump(mode="json", exclude={"store", "digest"})
+    return json.dumps(content, sort_keys=True, indent=1).encode()
+
+
+def _write_manifest(store: Store, snapshot: Snapshot, profile: ReferenceProfile) -> None:
+    store.put(_profile_name(snapshot), profile.model_dump_json().encode())
+    store.put(store.name_of(snapshot.address), _manifest(snapshot))
+
+
+def _write_shard(
+    store: Store, dataset: str, digits: Digits, digests: NDArray[np.int64], origin: str
+) -> Shard:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    shard = Shard(
+        digest=digits.digest(),
+        images=len(digits),
+        labels=np.bincount(digits.labels, minlength=CLASSES).tolist(),
+        origin=origin,
+    )
+    name = _shard_name(dataset, shard.digest)
+    if not store.has(name):
+        packed = io.BytesIO()
+        np.save(packed, digests)
+        store.put(_digests_name(dataset, shard.digest), packed.getvalue())
+        pixels = pa.py_buffer(np.ascontiguousarray(digits.images))
+        binary = pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(SIDE * SIDE), len(digits), [None, pixels]
+        )
+        rows = pa.table({"image": binary, "label": digits.labels.astype(np.uint8)})
+        content = io.BytesIO()
+        pq.write_table(rows, content, compression="zstd", use_dictionary=False)
+        store.put(name, content.getvalue())
+    return shard
+
+
+def _read_shard(store: Store, dataset: str, shard: Shard) -> Digits:
+    import pyarrow.parquet as pq
+
+    name = _shard_name(dataset, shard.digest)
+    table = pq.read_table(io.BytesIO(store.get(name)))
+    pixels = table["image"].combine_chunks().buffers()[1]
+    part = Digits(
+        np.frombuffer(pixels, np.uint8, table.num_rows * SIDE * SIDE).reshape(-1, SIDE, SIDE),
+        table["label"].to_numpy().astype(np.int64),
+    )
+    if part.digest() != shard.digest:
+        raise ValueError(
+            f"{store.address_of(name)} holds data with digest {part.digest()}; it was changed "
+            "after it was accepted: restore it from a backup"
+        )
+    return part
+
+
+def _shard_name(dataset: str, digest: str) -> str:
+    return f"datasets/{dataset}/shards/{digest}.parquet"
+
+
+def _digests_name(dataset: str, digest: str) -> str:
+    return f"datasets/{dataset}/shards/{digest}.digests.npy"
+
+
+def _profile_name(snapshot: Snapshot) -> str:
+    return f"datasets/{snapshot.dataset}/snapshots/{snapshot.digest}.profile.json"

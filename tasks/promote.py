@@ -1,0 +1,332 @@
+"""Register a candidate, and make it champion, challenger or champion again.
+
+A flow run moves each thing once. What it has carried out it does not do again when it is resumed or
+retried, even if somebody undid it since.
+"""
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from prefect import get_run_logger, runtime
+from prefect.artifacts import create_table_artifact
+from pydantic import BaseModel
+
+from tasks.records import Candidate, ModelVersion
+from tasks.registry.aliases import (
+    append_description,
+    champion_before,
+    find_rollback,
+    move_champion,
+    moves_carried_out,
+    record_move,
+    settle_move,
+    verify_history,
+    was_done,
+)
+from tasks.registry.fingerprint import TAG as FINGERPRINT
+from tasks.registry.fingerprint import Fingerprint
+from tasks.registry.history import (
+    Account,
+    own_move,
+    plan_move,
+)
+from tasks.registry.versions import (
+    CHALLENGER,
+    CHAMPION,
+    PREVIOUS,
+    Refused,
+    asking,
+    demand_challenger,
+    demand_same_artifacts,
+    describe,
+    digest_artifacts,
+    find_version,
+    moves_of,
+    read_model,
+    read_version,
+    read_versions,
+)
+from tasks.runs.outcome import read_record, write_record
+from tasks.services.lock import exclusive
+from tasks.services.s3 import Store
+from tasks.services.step import step
+
+if TYPE_CHECKING:
+    from mnist_cnn.evaluation import Evaluation
+    from mnist_cnn.promotion import Decision
+
+_ROLLBACK = "rollback"
+
+
+class Rollback(BaseModel, frozen=True):
+    """What a rollback was asked for, fixed for the flow run before anything moves."""
+
+    format: Literal[1] = 1
+    target: ModelVersion
+    replaces: ModelVersion | None
+    """The champion at that time."""
+
+
+@step
+def find_champion(name: str) -> ModelVersion | None:
+    """Return the version with the alias `champion`; None only if the registry says there is none.
+
+    Any other answer is a RegistryError: a registry that cannot be read is not an empty one.
+    """
+    with asking(f"the champion of {name}"):
+        return find_version(name, CHAMPION)
+
+
+@step
+def find_opponents(
+    candidate: Candidate, store: str
+) -> tuple[ModelVersion | None, ModelVersion | None]:
+    """Return the champion to compare a candidate with, and the one before, shown in the card.
+
+    They are today's, unless an earlier attempt of this run registered the candidate and it was
+    promoted or judged since: then they are those that it was compared with.
+    """
+    name = candidate.name
+    with asking(f"the champions of {name}"):
+        versions = read_versions(name)
+        registered = [v for v in versions if v.run_id == candidate.run_id]
+        moves = moves_carried_out(name, versions, Store(store)) if registered else []
+        targets = [move.to_version for move in moves]
+        if registered and str(registered[0].version) in targets:
+            before = moves[: targets.index(str(registered[0].version))]
+            known = {version.model: version for version in map(describe, versions)}
+            champion = known.get(registered[0].tags["compared_with"])
+            return champion, champion_before(champion, before, known)
+        return find_version(name, CHAMPION), find_version(name, PREVIOUS)
+
+
+@step
+def register_candidate(
+    candidate: Candidate,
+    measured: "Evaluation",
+    decision: "Decision",
+    decision_record: str,
+    made_of: Fingerprint | None = None,
+) -> ModelVersion:
+    """Register the candidate, promoted or not, with everything that explains it.
+
+    A repeat finds the version that an earlier attempt registered, and a decision that was made
+    anew, because the champion had changed, takes the place of the former.
+    """
+    import mlflow
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    flow_run = runtime.flow_run
+    tags = {
+        "snapshot": candidate.snapshot,
+        "verdict": decision.verdict,
+        "reason": decision.reason,
+        "compared_with": decision.champion or "no champion",
+        "accuracy": str(measured.accuracy),
+        "outcomes": measured.outcomes,
+        "artifact_sha256": digest_artifacts(candidate.model),
+        "git_commit": _git_commit(),
+        "prefect.flow_run_id": str(flow_run.id),
+        "prefect.flow_run_url": str(flow_run.ui_url),
+        "parameters": json.dumps(flow_run.parameters, default=lambda model: model.model_dump()),
+    }
+    if made_of:
+        tags[FINGERPRINT] = made_of.model_dump_json()
+    tags["decision_record"] = decision_record  # last: a repeat takes it for all of them
+    sentence = f"{decision.verdict}: {decision.reason}"
+    with asking(f"the versions of {candidate.name}"):
+        known = [v for v in read_versions(candidate.name) if v.run_id == candidate.run_id]
+        if known and known[0].tags.get("decision_record") == decision_record:
+            append_description(candidate.name, known[0].version, sentence)
+            return describe(known[0])
+        if known:
+            for key, value in tags.items():
+                client.set_model_version_tag(candidate.name, known[0].version, key, value)
+            version = known[0]
+        else:
+            version = mlflow.register_model(candidate.model, candidate.name, tags=tags)
+        client.update_model_version(candidate.name, version.version, sentence)
+        return describe(version, candidate.snapshot)
+
+
+@step
+def link_version(version: ModelVersion, links: Mapping[str, str]) -> None:
+    """Add links to the version's description, from where a browser opens them."""
+    lines = "\n".join(f"- [{name}]({address})" for name, address in links.items())
+    with asking(f"the description of {version.model}"):
+        append_description(version.name, version.version, lines)
+
+
+@step
+def set_champion(
+    version: ModelVersion, replaces: ModelVersion | None, why: str, store: str
+) -> bool:
+    """Make `version` the champion in place of `replaces`, the one that it was compared with.
+
+    False if the champion is another by now: then nothing is done, and the comparison is due again.
+    """
+    run = runtime.flow_run
+    account = Account(who=f"{run.flow_name}/{runtime.deployment.name or 'by hand'}", why=why)
+    with asking(f"the aliases of {version.name}"), exclusive(version.name):
+        if was_done("promote", read_version(version.name, int(version.version)), Store(store)):
+            return True
+        present = find_version(version.name, CHAMPION)
+        if present not in (version, replaces):
+            return False
+        move_champion("promote", version, present, account, Store(store))
+        return True
+
+
+@step
+def set_challenger(version: ModelVersion) -> None:
+    """Point the alias `challenger` at a version that waits for a person's approval.
+
+    One that was judged already, before this run was resumed, waits no more.
+    """
+    from mlflow import MlflowClient
+
+    with asking(f"the aliases of {version.name}"), exclusive(version.name):
+        moves = moves_of(read_version(version.name, int(version.version)))
+        if any(move.action in {"approve", "reject"} for move in moves):
+            return
+        MlflowClient().set_registered_model_alias(version.name, CHALLENGER, version.version)
+
+
+@step
+def approve_challenger(name: str, number: int, account: Account, store: str) -> ModelVersion:
+    """Make the challenger champion, if nothing has changed since it was evaluated, else Refused."""
+    with asking(f"the aliases of {name}"), exclusive(name):
+        model, version = read_model(name), read_version(name, number)
+        if was_done("approve", version, Store(store)):
+            return describe(version)
+        champion = find_version(name, CHAMPION)
+        if model.aliases.get(CHAMPION) != str(number):
+            demand_challenger(model, number)
+            compared = version.tags["compared_with"]
+            present = champion.model if champion else "no champion"
+            if compared != present:
+                raise Refused(
+                    f"version {number} of {name} was compared with {compared}, but now there is "
+                    f"{present}; the approval is stale: run train/weekly again, which compares "
+                    "with the present champion"
+                )
+            demand_same_artifacts(version)
+        elif model.aliases.get(CHALLENGER) != str(number):
+            raise Refused(f"version {number} of {name} is the champion already")
+        move_champion("approve", describe(version), champion, account, Store(store))
+        return describe(version)
+
+
+@step
+def reject_challenger(name: str, number: int, account: Account, store: str) -> ModelVersion:
+    """Record that the challenger was rejected, and take its alias away; no champion moves."""
+    with asking(f"the aliases of {name}"), exclusive(name):
+        version, champion = read_version(name, number), find_version(name, CHAMPION)
+        if was_done("reject", version, Store(store)):
+            return describe(version)
+        demand_challenger(read_model(name), number)
+        before = champion.version if champion else None
+        move = plan_move(
+            Store(store), "reject", read_versions(name), version, champion=before, account=account
+        )
+        record_move(move, Store(store))
+        settle_move(move)
+        return describe(version)
+
+
+@step
+def fix_rollback(
+    name: str, number: int | None, store: str
+) -> tuple[ModelVersion, ModelVersion | None]:
+    """Return the version to roll back to and the champion that it replaces, fixed for this run.
+
+    A repeat returns the same two, whatever the aliases say by then.
+    """
+    fixed = read_record(Store(store), _ROLLBACK, Rollback) or _begun_rollback(name)
+    if fixed is None:
+        target, champion = find_rollback(name, number, store)
+        fixed = Rollback(target=target, replaces=champion)
+        write_record(Store(store), _ROLLBACK, fixed)
+    return fixed.target, fixed.replaces
+
+
+@step
+def roll_back_champion(
+    target: ModelVersion, replaces: ModelVersion | None, account: Account, store: str
+) -> None:
+    """Make `target` champion again in place of `replaces`; Refused if that is not champion now."""
+    with asking(f"the aliases of {target.name}"), exclusive(target.name):
+        if was_done("roll back", read_version(target.name, int(target.version)), Store(store)):
+            return
+        present = find_version(target.name, CHAMPION)
+        if present not in (target, replaces):
+            raise Refused(
+                f"the champion of {target.name} became {present.model if present else 'none'} "
+                "while this rollback was verified; nothing was moved: look at promote/history, and "
+                "roll back again if you still want to"
+            )
+        move_champion("roll back", target, present, account, Store(store))
+
+
+@step
+def show_history(name: str, store: str) -> tuple[int, list[str]]:
+    """Publish a table of all moves; return their number and what is wrong with the history."""
+    logger = get_run_logger()
+    history, done, problems = verify_history(name, Store(store))
+    rows = [
+        {
+            "#": str(move.sequence),
+            "when": f"{move.when:%Y-%m-%d %H:%M:%S} UTC",
+            "what": move.action if carried_out else f"{move.action}: begun, not carried out",
+            "from": move.from_version or "none",
+            "to": move.to_version,
+            "who": move.who,
+            "run": f"[open]({move.run_url})",
+            "digest": move.digest[:12],
+            "why": move.why,  # last: a page may be too narrow for it
+        }
+        for move, carried_out in zip(history.moves, done, strict=True)
+    ]
+    for row in rows:
+        logger.info("%(#)s  %(when)s  %(what)s  %(from)s  %(to)s  %(who)s  %(why)s", row)
+    for move in history.lost:
+        logger.warning("move %d was restored from the registry's tag", move.sequence)
+    create_table_artifact(rows, key=f"history-{name}", description=f"Champions of {name}")
+    return len(rows), problems
+
+
+def _begun_rollback(name: str) -> Rollback | None:
+    """Return the rollback that this flow run has in the history, if it was begun without a record.
+
+    So did the code before there were records, whose runs can still be retried.
+    """
+    with asking(f"the versions of {name}"):
+        versions = {str(version.version): version for version in read_versions(name)}
+    own = own_move(versions.values(), "roll back")
+    if own is None:
+        return None
+    before = versions.get(own.from_version) if own.from_version else None
+    replaces = describe(before) if before else None
+    return Rollback(target=describe(versions[own.to_version]), replaces=replaces)
+
+
+def _git_commit() -> str:
+    """Return the commit that this code was checked out from, or `GIT_COMMIT` in an image.
+
+    It ends in `-dirty` if files were edited since.
+    """
+    if given := os.environ.get("GIT_COMMIT"):
+        return given
+    answer = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],  # noqa: S607 - git is wherever PATH has it
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return answer.stdout.strip() or "not a git checkout"

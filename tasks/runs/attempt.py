@@ -1,0 +1,172 @@
+"""One attempt at a flow run: it ends in time, and it is the only one that acts for its run.
+
+A run may be resumed while an earlier attempt is still alive, because the server or the network was
+away for longer than the heartbeat allows. So each attempt looks every few seconds at what the
+server says of its run, and acts on it:
+
+    a newer attempt has begun, or is due        it ends itself, without a word about the run
+    somebody cancelled or ended the run         it ends itself
+    the run is called crashed, but it is alive  it says that the run goes on
+"""
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import copy_context
+from datetime import datetime, timedelta
+from functools import wraps
+from inspect import signature
+from typing import Annotated, Literal, ParamSpec, TypeVar
+from uuid import UUID
+
+import httpx
+from prefect import get_run_logger, runtime
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.responses import SetStateStatus
+from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.states import Cancelled, Failed, Running
+from pydantic import Field
+
+from tasks.services.clock import server_time
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+TimeLimit = Annotated[float, Field(gt=0, le=7 * 24 * 60)]
+"""Minutes."""
+
+_LOOK_SECONDS = 10.0
+_CANCELLING_SECONDS = 60.0
+"""A worker that lives has ended a cancelled run by then."""
+_LAST_RESORT_SECONDS = 120.0
+"""After the limit; the interpreter itself may hang, so that no thread of Python gets to run."""
+
+Order = Literal["go on", "say that it goes on", "end", "end as cancelled"]
+
+
+def judge_attempt(run: FlowRun, number: int, now: datetime) -> Order:
+    """Return what the attempt of that number has to do, given what the server says of its run."""
+    state = run.state
+    if state is None or run.run_count > number:
+        return "end"
+    if state.is_cancelling():
+        late = now - state.timestamp > timedelta(seconds=_CANCELLING_SECONDS)
+        return "end as cancelled" if late else "go on"
+    if state.is_crashed():
+        return "say that it goes on"
+    return "go on" if state.is_running() else "end"
+
+
+def in_time(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a flow be one attempt, with its parameter `time_limit_minutes` as the limit."""
+    form = signature(function)
+
+    @wraps(function)
+    def guarded(*arguments: P.args, **parameters: P.kwargs) -> R:
+        given = form.bind(*arguments, **parameters)
+        given.apply_defaults()
+        with attempt(given.arguments["time_limit_minutes"]):
+            return function(*arguments, **parameters)
+
+    return guarded
+
+
+@contextmanager
+def attempt(limit_minutes: float) -> Iterator[None]:
+    """Guard the work that follows; end the process if its time is up or the run is not its own.
+
+    A run that exceeds its limit ends as Failed with the name "Timed out". In a process that was not
+    started for the run, such as a test's, nothing is guarded.
+    """
+    if os.environ.get("PREFECT__FLOW_RUN_ID") != str(runtime.flow_run.id):
+        yield
+        return
+    guard = _Guard(limit_minutes)
+    thread = threading.Thread(target=copy_context().run, args=[guard.watch], daemon=True)
+    faulthandler.dump_traceback_later(60 * limit_minutes + _LAST_RESORT_SECONDS, exit=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        guard.over.set()
+        thread.join(_LOOK_SECONDS)
+        faulthandler.cancel_dump_traceback_later()
+
+
+class _Guard:
+    """The thread that looks after an attempt."""
+
+    def __init__(self, limit_minutes: float) -> None:
+        self._run_id = UUID(str(runtime.flow_run.id))
+        self._number = int(runtime.flow_run.run_count)
+        self._limit = limit_minutes
+        self._ends = time.monotonic() + 60 * limit_minutes
+        self._main = threading.main_thread()
+        self._logger = get_run_logger()
+        self.over = threading.Event()
+
+    def watch(self) -> None:
+        """Look until the work is over; a server that is away is asked again at the next look."""
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+            while not self.over.wait(_LOOK_SECONDS):
+                try:
+                    with get_client(sync_client=True) as prefect:
+                        self._look(prefect)
+                except ObjectNotFound:  # somebody deleted the run
+                    _end_process()
+                except (httpx.HTTPError, ValueError) as error:  # it is away, or answers no JSON
+                    self._logger.debug("the Prefect server cannot be asked now: %s", error)
+                if time.monotonic() > self._ends + _LOOK_SECONDS:
+                    _end_process()  # the server is away: its worker or the heartbeat tells
+
+    def _look(self, prefect: SyncPrefectClient) -> None:
+        run = prefect.read_flow_run(self._run_id)
+        order = judge_attempt(run, self._number, server_time(prefect))
+        if self.over.is_set():
+            return
+        if order == "go on" and time.monotonic() > self._ends:
+            self._time_out(prefect)
+        elif order == "say that it goes on":
+            message = f"Goes on: a late report said of it: {run.state and run.state.message}"
+            running: State = Running(message=message)
+            answer = prefect.set_flow_run_state(self._run_id, running, force=True)
+            if answer.status == SetStateStatus.ACCEPT:
+                self._number += 1  # the server counts each Running
+        elif order == "end as cancelled":
+            cancelled: State = Cancelled(message="Cancelled; no worker was there to end it.")
+            prefect.set_flow_run_state(self._run_id, cancelled, force=True)
+            _end_process()
+        elif order == "end":
+            self._logger.warning("attempt %d ends: the run is not its own now", self._number)
+            _end_process()
+
+    def _time_out(self, prefect: SyncPrefectClient) -> None:
+        frame = sys._current_frames().get(self._main.ident or 0)  # noqa: SLF001 - documented
+        stack = "".join(traceback.format_stack(frame)) if frame else "nowhere to be seen"
+        self._logger.error("the time is up; this run was at\n%s", stack)
+        message = (
+            f"It ran for more than {self._limit:g} minutes, its limit, and was ended; the log says "
+            "where it was. If it only needed longer, raise the parameter time_limit_minutes."
+        )
+        failed: State = Failed(name="Timed out", message=message)
+        prefect.set_flow_run_state(self._run_id, failed, force=True)
+        _end_process()
+
+
+def _end_process() -> None:
+    """End this process and its children at once: what it was doing must not go on."""
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.kill(os.getpid(), signal.SIGKILL)

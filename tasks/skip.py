@@ -1,0 +1,48 @@
+"""End a run early that would repeat what the champion was made of."""
+
+from prefect import get_run_logger, runtime
+
+from tasks.records import ModelVersion
+from tasks.registry.fingerprint import TAG, Fingerprint
+from tasks.registry.versions import asking, moves_of, read_versions
+from tasks.services.step import step
+
+
+@step
+def find_repeat(champion: ModelVersion | None, ours: Fingerprint) -> str | None:
+    """Say in a sentence why a run would only repeat another one; None if it would not.
+
+    It would if the champion, or a version that lost against the present champion, is made of the
+    same. A version that somebody rolled back is not made again either.
+    """
+    if champion is None:
+        return None
+    with asking(f"the versions of {champion.name}"):
+        versions = {str(version.version): version for version in read_versions(champion.name)}
+    run = str(runtime.flow_run.id)
+    if any(version.tags.get("prefect.flow_run_id") == run for version in versions.values()):
+        return None  # an earlier attempt of this run came so far that it has a version to judge
+    today = f"today's champion, version {champion.version}"
+    undone = {
+        move.from_version
+        for move in moves_of(versions[champion.version])
+        if move.action == "roll back"
+    }
+    for number in sorted(versions, key=int, reverse=True):
+        tags = versions[number].tags
+        if TAG not in tags:
+            continue
+        theirs = Fingerprint.model_validate_json(tags[TAG])
+        same = f"version {number} was made of the same snapshot, code, parameters and environment"
+        if number == champion.version and theirs != ours:
+            changes = ", ".join(ours.changes(theirs))
+            get_run_logger().info("changed since the champion was trained: %s", changes)
+        elif theirs != ours:
+            continue
+        elif number == champion.version:
+            return f"nothing is new: the champion, {same}"
+        elif number in undone:
+            return f"nothing is new: {same}, and was rolled back to {today}"
+        elif tags["verdict"] != "promote" and tags["compared_with"] == champion.model:
+            return f"nothing is new: {same}, and judged {tags['verdict']!r} against {today}"
+    return None

@@ -1,0 +1,170 @@
+"""Bring back the runs that died: the same flow run goes on, at most three times.
+
+Prefect retries what raises, within its process. A process that was killed, a worker or a machine
+that went away raises nothing: the worker or the missing heartbeat calls the run Crashed, and there
+it stays. Here such a run is made due again; what it had done lies in S3 and MLflow.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Literal
+
+from prefect import get_run_logger
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterEndTime,
+    FlowRunFilterId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    FlowRunFilterTags,
+    TaskRunFilter,
+    TaskRunFilterState,
+    TaskRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.exceptions import ObjectNotFound
+from prefect.states import AwaitingRetry, Cancelled, Crashed
+
+from tasks.runs.turn import TAG
+from tasks.services.clock import server_time
+from tasks.services.step import step
+
+RESUMES = 3
+"""How often a run is resumed after a death."""
+GIVEN_UP = "Given up"
+"""Name of the state, of type CRASHED, in which a run stays after that."""
+
+_RESUMED = "Resumed after"
+_PENDING = timedelta(minutes=10)
+_SETTLED = timedelta(seconds=10)
+"""A death is reported more than once, by engine and worker; a report must not meet the resume."""
+_LAST_WORD = timedelta(minutes=1)
+_FRESH = timedelta(days=1)
+"""An older death is a person's business: the next run of the schedule did its work."""
+
+Act = Literal["nothing", "wait", "resume", "give up", "cancel", "crash"]
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Something to do about a run."""
+
+    run: FlowRun
+    act: Act
+    why: str
+
+
+def judge_run(run: FlowRun, past: Sequence[State], now: datetime) -> Remedy:
+    """Decide about a run of a deployment; `past` are all its states, in any order."""
+    state = run.state
+    if state is None or run.deployment_id is None:
+        return Remedy(run, "nothing", "")
+    age = now - state.timestamp
+    if state.is_pending() and age > _PENDING:
+        return Remedy(run, "crash", "Its process did not start within 10 minutes.")
+    if state.is_crashed() and state.name != GIVEN_UP and age < _FRESH:
+        return _judge_death(run, state, past, settled=age > _SETTLED)
+    return Remedy(run, "nothing", "")
+
+
+def _judge_death(run: FlowRun, state: State, past: Sequence[State], *, settled: bool) -> Remedy:
+    if any(earlier.is_cancelling() for earlier in _since_running(past)):
+        return Remedy(run, "cancel", "It was cancelled, and its process ended for that.")
+    if not settled:
+        return Remedy(run, "wait", "")
+    resumes = sum(str(earlier.message).startswith(_RESUMED) for earlier in past)
+    if resumes >= RESUMES:
+        why = f"It died {resumes + 1} times and was resumed {RESUMES} times. {state.message}"
+        return Remedy(run, "give up", why)
+    why = f"{_RESUMED} death {resumes + 1} of at most {RESUMES}. {state.message}"
+    return Remedy(run, "resume", why)
+
+
+@step
+def recover_runs() -> list[str]:
+    """Resume what crashed, end what never started; return a sentence for each run."""
+    with get_client(sync_client=True) as prefect:
+        remedies = _judge_all(prefect)
+        while any(remedy.act == "wait" for remedy in remedies):
+            time.sleep(1)
+            remedies = _judge_all(prefect)
+        for remedy in remedies:
+            with suppress(ObjectNotFound):  # somebody deleted the run since
+                _apply(prefect, remedy)
+        _end_left_behind(prefect)
+        if any(remedy.act == "crash" for remedy in remedies):
+            get_run_logger().info("what was ended is resumed at the next look")
+    done = [r for r in remedies if r.act != "nothing"]
+    sentences = [f"{r.act} {r.run.name}: {r.why}" for r in done]
+    for sentence in sentences:
+        get_run_logger().warning(sentence)
+    return sentences
+
+
+def _judge_all(prefect: SyncPrefectClient) -> list[Remedy]:
+    """Judge the runs of ours that may be ill, the newest 200 of them."""
+    now = server_time(prefect)
+    types = FlowRunFilterStateType(any_=[StateType.CRASHED, StateType.PENDING])
+    ours = FlowRunFilter(tags=FlowRunFilterTags(all_=[TAG]), state=FlowRunFilterState(type=types))
+    found = prefect.read_flow_runs(flow_run_filter=ours, sort=FlowRunSort.EXPECTED_START_TIME_DESC)
+    return [
+        judge_run(run, prefect.read_flow_run_states(run.id), now)
+        for run in found
+        if run.state and run.state.name != GIVEN_UP and now - run.state.timestamp < _FRESH
+    ]
+
+
+def _apply(prefect: SyncPrefectClient, remedy: Remedy) -> None:
+    states: dict[Act, State] = {
+        "resume": AwaitingRetry(message=remedy.why),
+        "give up": Crashed(name=GIVEN_UP, message=remedy.why),
+        "cancel": Cancelled(message=remedy.why),
+        "crash": Crashed(message=remedy.why),
+    }
+    present = prefect.read_flow_run(remedy.run.id).state
+    if (
+        remedy.act in states
+        and present
+        and present.id == (remedy.run.state and remedy.run.state.id)
+    ):
+        _end_task_runs(prefect, FlowRunFilter(id=FlowRunFilterId(any_=[remedy.run.id])))
+        prefect.set_flow_run_state(remedy.run.id, states[remedy.act], force=True)
+
+
+def _end_left_behind(prefect: SyncPrefectClient) -> None:
+    """Call crashed what the runs that have ended for good left behind, as when a time limit struck.
+
+    A minute later, because a task's own last word may come after its flow's.
+    """
+    over = [StateType.COMPLETED, StateType.FAILED, StateType.CANCELLED]
+    ended = FlowRunFilter(
+        tags=FlowRunFilterTags(all_=[TAG]),
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=over)),
+        end_time=FlowRunFilterEndTime(before_=server_time(prefect) - _LAST_WORD),
+    )
+    _end_task_runs(prefect, ended)
+
+
+def _end_task_runs(prefect: SyncPrefectClient, runs: FlowRunFilter) -> None:
+    """Call crashed the task runs that died with their process.
+
+    Nobody else does, and the UI would show them as running for ever. What goes on has its own.
+    """
+    types = TaskRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])
+    going = TaskRunFilter(state=TaskRunFilterState(type=types))
+    for task_run in prefect.read_task_runs(flow_run_filter=runs, task_run_filter=going):
+        crashed: State = Crashed(message="Its process died.")
+        with suppress(ObjectNotFound):  # somebody deleted it since
+            prefect.set_task_run_state(task_run.id, crashed, force=True)
+
+
+def _since_running(past: Iterable[State]) -> list[State]:
+    """Return the states after the last time that a run began or went on."""
+    ordered = sorted(past, key=lambda state: state.timestamp)
+    begun = [place for place, state in enumerate(ordered) if state.is_running()]
+    return ordered[begun[-1] :] if begun else ordered

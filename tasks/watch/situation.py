@@ -1,0 +1,308 @@
+"""Look at Prefect, the store and the registry: all that messages are composed from."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TypeVar
+from uuid import UUID
+
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterTags,
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterCreatedBy,
+    FlowRunFilterEndTime,
+    FlowRunFilterExpectedStartTime,
+    FlowRunFilterState,
+    FlowRunFilterStateName,
+    FlowRunFilterStateType,
+    FlowRunFilterTags,
+)
+from prefect.client.schemas.objects import DeploymentSchedule, FlowRun, StateType
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.utilities.urls import url_for
+
+from tasks.records import RunSummary, Verdict
+from tasks.runs.turn import OVERTAKEN, TAG
+from tasks.services.s3 import StorageRefused, Store
+from tasks.watch.messages import (
+    NEWS,
+    EndedRun,
+    IdleSchedule,
+    Situation,
+    Training,
+    key_of,
+    last_batches,
+)
+
+T = TypeVar("T")
+Parameters = dict[UUID | None, dict[str, object]]
+"""Default parameters by deployment."""
+
+_PAGE = 200
+"""The most that the server returns at once."""
+_TRAININGS_SINCE = timedelta(days=30)
+_SCHEDULED_AHEAD = timedelta(days=90)
+"""The server makes the runs of a hundred days; a schedule may be due less often."""
+_SETTLE_SECONDS = 15.0
+"""What the server needs to make the runs of a schedule that was just switched on."""
+_INGESTED = ["Batches accepted", "Batches quarantined"]
+"""States that tell where there are batches; what became of them stands in the ledger."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A data set in a store."""
+
+    dataset: str
+    store: str
+
+
+def look(
+    prefect: SyncPrefectClient, store: Store, since: datetime, sent: set[str], now: datetime
+) -> Situation:
+    """Return what happened since a time, and how things are; `sent` are keys of messages."""
+    deployments = _read_deployments(prefect)
+    runs = _read_ended(prefect, since)
+    attempts = _read_trainings(prefect, now)
+    parameters: Parameters = {each.id: _defaults(each) for each in deployments}
+    subjects = {
+        subject
+        for given in [
+            *(known for each in deployments for known in _wishes(each)),
+            *(parameters.get(run.deployment_id, {}) | run.parameters for run in [*runs, *attempts]),
+        ]
+        if (subject := _subject(given))
+    }
+    flows = _name_flows(prefect, [*runs, *deployments])
+    ended = [_ended(run, flows[run.flow_id], parameters.get(run.deployment_id, {})) for run in runs]
+    return Situation(
+        now=now,
+        runs=tuple(
+            _with_summary(run, given.get("store"))
+            for run, given in ended
+            if (key := key_of(run, now)) and key not in sent
+        ),
+        refused=tuple(_read_refused(subjects, store.address, since, last_batches(sent))),
+        trainings=tuple(_describe_trainings(deployments, attempts, parameters, flows)),
+        idle=_find_idle(prefect, flows, now),
+    )
+
+
+def _pages(read: Callable[[int], Sequence[T]]) -> list[T]:
+    """Read all pages of an answer; `read` takes the offset."""
+    found: list[T] = []
+    while page := read(len(found)):
+        found += page
+        if len(page) < _PAGE:
+            break
+    return found
+
+
+def _read_deployments(prefect: SyncPrefectClient) -> list[DeploymentResponse]:
+    ours = DeploymentFilter(tags=DeploymentFilterTags(all_=[TAG]))
+    return _pages(
+        lambda offset: prefect.read_deployments(deployment_filter=ours, limit=_PAGE, offset=offset)
+    )
+
+
+def _read_runs(
+    prefect: SyncPrefectClient, flow: str | None = None, **criteria: object
+) -> list[FlowRun]:
+    """Return the runs of ours that meet the criteria, the newest first."""
+    wanted = FlowRunFilter.model_validate({"tags": FlowRunFilterTags(all_=[TAG]), **criteria})
+    named = FlowFilter(name=FlowFilterName(any_=[flow])) if flow else None
+    return _pages(
+        lambda offset: prefect.read_flow_runs(
+            flow_filter=named,
+            flow_run_filter=wanted,
+            sort=FlowRunSort.EXPECTED_START_TIME_DESC,
+            limit=_PAGE,
+            offset=offset,
+        )
+    )
+
+
+def _read_ended(prefect: SyncPrefectClient, since: datetime) -> list[FlowRun]:
+    """Return the runs that may be worth a message; runs of watch/always alone are 288 a day."""
+    ended = FlowRunFilterEndTime(after_=since)
+    faults = FlowRunFilterStateType(any_=[StateType.FAILED, StateType.CRASHED])
+    news = FlowRunFilterState(
+        type=FlowRunFilterStateType(any_=[StateType.COMPLETED]),
+        name=FlowRunFilterStateName(any_=[*NEWS, *_INGESTED]),
+    )
+    return [
+        *_read_runs(prefect, end_time=ended, state=FlowRunFilterState(type=faults)),
+        *_read_runs(prefect, end_time=ended, state=news),
+    ]
+
+
+def _read_trainings(prefect: SyncPrefectClient, now: datetime) -> list[FlowRun]:
+    lately = FlowRunFilterExpectedStartTime(after_=now - _TRAININGS_SINCE, before_=now)
+    return _read_runs(prefect, "train", expected_start_time=lately)
+
+
+def _name_flows(
+    prefect: SyncPrefectClient, things: Iterable[FlowRun | DeploymentResponse]
+) -> dict[UUID, str]:
+    return {flow: prefect.read_flow(flow).name for flow in {thing.flow_id for thing in things}}
+
+
+def _defaults(deployment: DeploymentResponse) -> dict[str, object]:
+    """Return the parameters that a run of a deployment has if it is given none."""
+    form = (deployment.parameter_openapi_schema or {}).get("properties", {})
+    stated = {name: field["default"] for name, field in form.items() if "default" in field}
+    return {**stated, **deployment.parameters}
+
+
+def _wishes(deployment: DeploymentResponse) -> Iterator[dict[str, object]]:
+    """Return the parameters of the runs that the active schedules of a deployment make."""
+    for schedule in _active(deployment):
+        yield {**_defaults(deployment), **schedule.parameters}
+
+
+def _active(deployment: DeploymentResponse) -> list[DeploymentSchedule]:
+    paused = deployment.paused
+    return [each for each in deployment.schedules if each.active and not paused]
+
+
+def _subject(given: Mapping[str, object]) -> Subject | None:
+    dataset, store = given.get("dataset"), given.get("store")
+    known = isinstance(dataset, str) and isinstance(store, str) and dataset != "auto"
+    return Subject(str(dataset), str(store).rstrip("/")) if known else None
+
+
+def _ended(
+    run: FlowRun, flow: str, defaults: Mapping[str, object]
+) -> tuple[EndedRun, dict[str, object]]:
+    """Return a run as messages see it, and all its parameters."""
+    assert run.state, f"run {run.id} has ended without a state"
+    given = {**defaults, **run.parameters}
+    dataset, model = given.get("dataset"), given.get("model")
+    if isinstance(model, str):
+        dataset = model.removesuffix("-cnn")
+    ended = EndedRun(
+        id=str(run.id),
+        name=run.name,
+        flow=flow,
+        type=run.state.type.value,
+        state=run.state.name or run.state.type.value.title(),
+        reason=run.state.message or "no reason was given",
+        since=run.state.timestamp,
+        url=url_for("flow-run", obj_id=run.id) or "",
+        dataset=dataset if isinstance(dataset, str) else None,
+        attempt=run.run_count,
+    )
+    return ended, given
+
+
+def _with_summary(run: EndedRun, store: object) -> EndedRun:
+    """Add the summary that the run wrote, if it did."""
+    try:
+        written = Store(str(store)).get(f"runs/{run.id}/summary.json")
+    except (FileNotFoundError, StorageRefused, ValueError):
+        # It ended before it had one, or its store is none, or is gone: the state says enough.
+        return run
+    return EndedRun(**{**vars(run), "summary": RunSummary.model_validate_json(written)})
+
+
+def _read_refused(
+    subjects: Iterable[Subject], home: str, since: datetime, told: Mapping[str, int]
+) -> Iterator[Verdict]:
+    """Return the verdicts on batches that were put aside and that nobody was told of.
+
+    Only of the store that keeps the messages: a place in the ledger of another one has no name.
+    """
+    for subject in sorted(subjects, key=lambda each: each.dataset):
+        if subject.store != home:
+            continue
+        store, folder = Store(subject.store), f"datasets/{subject.dataset}/ledger/"
+        for entry in store.entries(folder):
+            if entry.name.endswith(".json") and entry.modified >= since:
+                verdict = Verdict.model_validate_json(store.get(entry.name))
+                if not verdict.accepted and verdict.sequence > told.get(subject.dataset, 0):
+                    yield verdict
+
+
+def _describe_trainings(
+    deployments: Iterable[DeploymentResponse],
+    attempts: Iterable[FlowRun],
+    parameters: Parameters,
+    flows: Mapping[UUID, str],
+) -> Iterator[Training]:
+    """Return how training goes on each data set that has a schedule, or had runs lately."""
+    due = dict[str, datetime]()
+    for deployment in deployments:
+        for schedule in _active(deployment) if flows[deployment.flow_id] == "train" else []:
+            dataset = str({**_defaults(deployment), **schedule.parameters}.get("dataset"))
+            made = schedule.created or datetime.now(UTC)
+            due[dataset] = min(made, due.get(dataset, made))
+    of_dataset = {dataset: list[FlowRun]() for dataset in due}
+    for run in attempts:
+        given = {**parameters.get(run.deployment_id, {}), **run.parameters}
+        of_dataset.setdefault(str(given.get("dataset")), []).append(run)
+    for dataset, runs in of_dataset.items():
+        begun = [run.start_time or run.expected_start_time for run in runs]
+        dates = [date for date in begun if date]
+        well = [run.end_time for run in runs if _ended_well(run) and run.end_time]
+        yield Training(
+            dataset=dataset,
+            scheduled=dataset in due,
+            since=min([*dates, *([due[dataset]] if dataset in due else [])]),
+            attempted=max(dates, default=None),
+            succeeded=max(well, default=None),
+        )
+
+
+def _ended_well(run: FlowRun) -> bool:
+    return bool(run.state and run.state.is_completed() and run.state.name != OVERTAKEN)
+
+
+def _find_idle(
+    prefect: SyncPrefectClient, flows: Mapping[UUID, str], now: datetime
+) -> tuple[IdleSchedule, ...]:
+    """Return the active schedules without a run in the future, after a second look."""
+    idle = tuple(_look_for_idle(prefect, flows, now))
+    if idle:
+        time.sleep(_SETTLE_SECONDS)
+        idle = tuple(_look_for_idle(prefect, flows, now))
+    return idle
+
+
+def _look_for_idle(
+    prefect: SyncPrefectClient, flows: Mapping[UUID, str], now: datetime
+) -> Iterator[IdleSchedule]:
+    ahead = _read_runs(
+        prefect,
+        expected_start_time=FlowRunFilterExpectedStartTime(after_=now),
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
+    )
+    making = {run.created_by.id for run in ahead if run.created_by}
+    for deployment in _read_deployments(prefect):
+        for schedule in _active(deployment):
+            if schedule.id not in making and _is_due(schedule, now):
+                made = FlowRunFilterCreatedBy(id_=[schedule.id])
+                dates = [run.expected_start_time for run in _read_runs(prefect, created_by=made)]
+                yield IdleSchedule(
+                    deployment=f"{flows[deployment.flow_id]}/{deployment.name}",
+                    schedule=schedule.slug or str(schedule.id),
+                    changed=schedule.updated or now,
+                    last=max((date for date in dates if date), default=None),
+                )
+
+
+def _is_due(schedule: DeploymentSchedule, now: datetime) -> bool:
+    """Tell whether a schedule has a date within the time for which the server makes runs."""
+    from prefect.server.schemas import schedules
+
+    kind = getattr(schedules, type(schedule.schedule).__name__)
+    dates = kind.model_validate(schedule.schedule.model_dump()).get_dates(
+        1, start=now, end=now + _SCHEDULED_AHEAD
+    )
+    return bool(asyncio.run(dates))
