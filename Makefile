@@ -3,6 +3,16 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/installed
 
+# These count only where they are typed behind `make`: the environment may hold any of them for other purposes (RESET as
+# a colour), and must not reset schedules or choose a version. Each goes to its command by the environment and as it was
+# typed, so that quotes, spaces and $ hurt nothing; FILES, PARAMS, TESTS and ARGS are words for the shell.
+GIVEN := ARGS BATCH CRON DATASET FILES MODEL PARAMS REASON REMOVE RESET TESTS TO URL VERSION WHO ZONE
+take = $(if $(filter command,$(firstword $(origin $1))),$(eval override export $1 := $$(value $1)),$(eval override $1 :=))
+$(foreach name,$(GIVEN),$(call take,$(name)))
+
+# $(call if-yes,RESET,--reset): the option if RESET says yes, nothing if it says no.
+if-yes = $(if $(filter 1 yes true,$($1)),$2,$(if $(filter-out 0 no false,$($1)),$(error $1 is '$($1)'; expected 1 or 0)))
+
 .PHONY: demo run tour drop schedule notify test up down status approve reject rollback history check faults year lock clean
 
 demo: $(STAMP) ## set everything up, retrain once through the real stack, show what happened
@@ -14,16 +24,14 @@ run: $(STAMP) ## retrain once on the stack that is up: make run PARAMS="--param 
 tour: $(STAMP) ## four weeks in a few minutes: good data, bad data, no data, a rollback
 	$(BIN)/python -m deployments.tour
 
-drop: export BATCH := $(BATCH)
 drop: $(STAMP) ## a batch arrives: make drop FILES="images-idx3-ubyte labels-idx1-ubyte" BATCH=name [DATASET=mnist]
-	$(BIN)/python -m deployments.drop --batch "$$BATCH" --dataset "$(or $(DATASET),mnist)" $(FILES)
+	$(BIN)/python -m deployments.drop --batch "$$BATCH" --dataset "$${DATASET:-mnist}" $(FILES)
 
 schedule: $(STAMP) ## a data set's own week: make schedule DATASET=name [CRON="0 3 * * 1"] [ZONE=Europe/Berlin] [REMOVE=1]
-	$(BIN)/python -m deployments.schedule $(if $(DATASET),--dataset "$(DATASET)") \
-		$(if $(CRON),--cron "$(CRON)") $(if $(ZONE),--zone "$(ZONE)") $(if $(REMOVE),--remove)
+	$(BIN)/python -m deployments.schedule --dataset "$$DATASET" --cron "$$CRON" --zone "$$ZONE" \
+		$(call if-yes,REMOVE,--remove)
 
-# The address goes by the environment and as it was typed: it is a secret, and make would expand a $.
-notify: override export URL := $(value URL)
+# The address goes by the environment alone: it is a secret, and a command line is for everybody to read.
 notify: $(STAMP) ## who is told: make notify URL=… adds an address, without URL it lists them
 	$(BIN)/python -m deployments.notify
 
@@ -34,25 +42,28 @@ test: $(STAMP) ## everything that the tests need, and the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
 
 up down status: $(STAMP) ## the local stack: start, stop, look; RESET=1 undoes what was edited in Prefect's UI
-	$(BIN)/python -m deployments.stack $@ $(if $(RESET),--reset)
+	$(BIN)/python -m deployments.stack $@ $(call if-yes,RESET,--reset)
 
 # make approve VERSION=5 REASON="…", reject likewise, rollback REASON="…" [TO=3], history;
 # each with [MODEL=digits-cnn].
 approve reject rollback history: export PREFECT_API_URL ?= http://127.0.0.1:$(or $(STACK_PREFECT_PORT),4200)/api
-MODEL ?= mnist-cnn
-WHO ?= $(USER)
-export MODEL WHO VERSION REASON TO
-PROMOTE := $(BIN)/prefect deployment run --watch --param model="$$MODEL"
+override MODEL := $(or $(MODEL),mnist-cnn)
+override WHO := $(or $(WHO),$(USER))
+export MODEL REASON WHO
+
+# $(call promote,manual,model reason): a run of promote/manual with these texts as JSON. `--param reason=…` reads a text
+# as JSON if it can: "5" becomes a number, and one with quotes in it is refused.
+json = import json, os, sys; print(json.dumps({name: os.environ[name.upper()] for name in sys.argv[1:]}))
+promote = $(BIN)/prefect deployment run --watch promote/$1 --params "$$($(BIN)/python -c '$(json)' $2)"
 
 approve reject: $(STAMP) ## judge the version that awaits approval
-	$(PROMOTE) promote/manual --param judgement=$@ --param version="$$VERSION" \
-		--param reason="$$REASON" --param who="$$WHO"
+	$(call promote,manual,model reason who) --param judgement=$@ --param version="$$VERSION"
 
 rollback: $(STAMP) ## make an earlier champion champion again
-	$(PROMOTE) promote/rollback --param to="$${TO:-null}" --param reason="$$REASON" --param who="$$WHO"
+	$(call promote,rollback,model reason who) --param to="$${TO:-null}"
 
 history: $(STAMP) ## every move of the champion, verified
-	$(PROMOTE) promote/history
+	$(call promote,history,model)
 
 check: $(STAMP) ## lint, format, types, import contracts
 	$(BIN)/ruff check .

@@ -18,12 +18,24 @@ import yaml
 
 from deployments import processes
 from deployments.due import Ask
-from deployments.services import PROJECT, Stack, StackError, inherited_environment
+from deployments.services import POOL, PROJECT, Stack, StackError, inherited_environment
 
 Named = dict[str, Any]
 """Schedules, automations or settings by their names."""
 
 _RESET = "`make up RESET=1` takes what the files say."
+
+_SETTINGS = {
+    "paused": "pause switch",
+    "parameters": "set of parameters",
+    "description": "description",
+    "tags": "set of tags",
+    "work_pool": "work pool or queue",
+    "job_variables": "set of job variables",
+    "concurrency": "concurrency limit",
+    "enforce_parameter_schema": "check of parameters",
+}
+"""What people can edit of a deployment besides its schedules, in words for a sentence."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +73,7 @@ class Record:
 def merge(wanted: Named, last: Named, present: Named, *, reset: bool) -> Merge:
     """Decide what becomes of each name: `wanted` is the file's, `last` what it was before."""
     result = Merge()
-    for name in wanted.keys() | last.keys():
+    for name in sorted(wanted.keys() | last.keys()):
         ours, theirs = wanted.get(name), present.get(name)
         if ours == theirs:
             continue
@@ -115,18 +127,16 @@ def deploy(
             deployment["id"]: _automations_of(ask, deployment) for deployment in before.values()
         }
         record.write(stack)
-    told, entries = list[str](), list[Named]()
-    for entry in file["deployments"]:
-        present, last = before.get(_key(entry)), record.deployments.get(_key(entry), {})
-        changes = _merge_settings(entry, present, last, reset=reset)
-        entries.append(entry | _settings_of_file(entry) | changes.kept)
-        told += [
-            f"{_label(present)} is {_setting_words(*kept)}; kept" for kept in changes.kept.items()
-        ]
+    settings = {
+        _key(entry): _merge_settings(entry, before.get(_key(entry)), record, reset=reset)
+        for entry in file["deployments"]
+    }
+    entries = [_with_settings(entry, settings[_key(entry)].kept) for entry in file["deployments"]]
     _run_prefect_deploy(stack, file | {"deployments": entries}, prefect_yaml)
-    after = _deployments(ask)
+    after, told = _deployments(ask), list[str]()
     for entry in file["deployments"]:
         deployment, last = after[_key(entry)], record.deployments.setdefault(_key(entry), {})
+        told += _keep_settings(ask, deployment, settings[_key(entry)])
         told += _set_schedules(ask, deployment, entry, last, reset=reset)
         earlier = record.interrupted.get(deployment["id"], [])
         told += _restore_triggers(ask, deployment, earlier, last, reset=reset)
@@ -233,21 +243,91 @@ def _restore_triggers(
     ]
 
 
-def _merge_settings(entry: Named, present: Named | None, last: Named, *, reset: bool) -> Merge:
-    """Merge whether a deployment is paused, and the parameters that it gives to its runs."""
+def _merge_settings(entry: Named, present: Named | None, record: Record, *, reset: bool) -> Merge:
+    """Merge what people can edit of a deployment besides its schedules."""
     if present is None:
         return Merge()
-    theirs = {name: present[name] for name in ("paused", "parameters")}
-    ours = _settings_of_file(entry)
-    return merge(ours, last.get("settings", ours), theirs, reset=reset)
+    ours, theirs = _settings_of_file(entry), _settings_of_server(present)
+    first = {name: ours[name] for name in ("paused", "parameters")}
+    recorded = record.deployments.get(_key(entry), {}).get("settings", first)
+    # Versions that recorded fewer settings deployed the file's values of the others every time.
+    return merge(ours, theirs | recorded, theirs, reset=reset)
+
+
+def _with_settings(entry: Named, kept: Named) -> Named:
+    """Return an entry of prefect.yaml with settings that are kept.
+
+    But for placeholders: `prefect deploy` would fill in at once what a run fills in as it begins.
+    """
+    plain = {name: value for name, value in kept.items() if "{{" not in json.dumps(value)}
+    settings = _settings_of_file(entry) | plain
+    pool, limit = settings["work_pool"], settings.pop("concurrency")
+    number, options = limit["concurrency_limit"], limit["concurrency_options"]
+    settings["work_pool"] = {
+        "name": pool["work_pool_name"],
+        "work_queue_name": pool["work_queue_name"],
+        "job_variables": settings.pop("job_variables"),
+    }
+    return entry | settings | {"concurrency_limit": number and {"limit": number, **options}}
+
+
+def _keep_settings(ask: Ask, deployment: Named, settings: Merge) -> list[str]:
+    """Give back exactly what is kept; return what was changed or kept."""
+    if settings.kept:
+        kept = dict(settings.kept)
+        groups = [kept.pop(name, {}) for name in ("work_pool", "concurrency")]
+        ask("PATCH", f"/deployments/{deployment['id']}", {**kept, **groups[0], **groups[1]})
+    label = _label(deployment)
+    return [
+        *(f"{label} {_setting_words(*setting)}; kept" for setting in settings.kept.items()),
+        *(f"{label}: its {_SETTINGS[name]} is now as in prefect.yaml" for name in settings.write),
+    ]
 
 
 def _settings_of_file(entry: Named) -> Named:
-    return {"paused": entry.get("paused", False), "parameters": entry.get("parameters", {})}
+    pool = entry.get("work_pool", {})
+    return {
+        "paused": entry.get("paused", False),
+        "parameters": entry.get("parameters", {}),
+        "description": entry.get("description"),
+        "tags": sorted(entry.get("tags", [])),
+        "work_pool": _work_pool(pool.get("name"), pool.get("work_queue_name")),
+        "job_variables": pool.get("job_variables", {}),
+        "concurrency": _concurrency(entry.get("concurrency_limit")),
+        "enforce_parameter_schema": entry.get("enforce_parameter_schema", True),
+    }
+
+
+def _settings_of_server(found: Named) -> Named:
+    limit, options = found["global_concurrency_limit"], found["concurrency_options"] or {}
+    same = _SETTINGS.keys() - {"tags", "work_pool", "concurrency"}
+    return {name: found[name] for name in same} | {
+        "tags": sorted(found["tags"]),
+        "work_pool": _work_pool(found["work_pool_name"], found["work_queue_name"]),
+        "concurrency": _concurrency({"limit": limit["limit"], **options} if limit else None),
+    }
+
+
+def _work_pool(name: str | None, queue: str | None) -> Named:
+    """Return pool and queue by the API's names; the server has none if the pool was removed."""
+    return {"work_pool_name": name or POOL, "work_queue_name": queue or "default"}
+
+
+def _concurrency(limit: Named | None) -> Named:
+    """Return a limit as in prefect.yaml by the API's names."""
+    if limit is None:
+        return {"concurrency_limit": None, "concurrency_options": None}
+    options = {"collision_strategy": "ENQUEUE", "grace_period_seconds": None, **limit}
+    return {"concurrency_limit": options.pop("limit"), "concurrency_options": options}
 
 
 def _setting_words(name: str, theirs: Any) -> str:
-    return "paused on the server" if name == "paused" else f"given {theirs} on the server"
+    """Return how a setting differs; job variables may hold secrets, which are not shown."""
+    if name == "paused":
+        return "is paused on the server" if theirs else "is not paused on the server"
+    if name == "parameters":
+        return f"is given {theirs} on the server"
+    return f"has another {_SETTINGS[name]} on the server than in prefect.yaml"
 
 
 def _deployments(ask: Ask) -> dict[str, Named]:
@@ -261,8 +341,8 @@ def _key(deployment: Named) -> str:
     return f"{deployment['entrypoint']}/{deployment['name']}"
 
 
-def _label(deployment: Named | None) -> str:
-    return f"{deployment['flow_name']}/{deployment['name']}" if deployment else ""
+def _label(deployment: Named) -> str:
+    return f"{deployment['flow_name']}/{deployment['name']}"
 
 
 def _schedule_name(found: Named, wanted: Named) -> str:

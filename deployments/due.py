@@ -98,13 +98,20 @@ def wait_for_runs(ask: Ask, patience: float = PATIENCE) -> list[Due]:
         time.sleep(1)
 
 
+def dataset_of(deployment: dict[str, Any], schedule: dict[str, Any]) -> str:
+    """Return the data set that a schedule's runs are about; empty if its flow takes none."""
+    given = deployment["parameters"] | schedule["parameters"]
+    form = (deployment["parameter_openapi_schema"] or {}).get("properties", {})
+    return str(given.get("dataset", form.get("dataset", {}).get("default", "")))
+
+
 def _read_deployment(ask: Ask, flow: str, deployment: dict[str, Any]) -> list[Due]:
     times = _next_times(ask, deployment)
     return [
         Due(
             deployment=f"{flow}/{deployment['name']}",
             slug=schedule["slug"] or schedule["id"],
-            dataset=_dataset(deployment, schedule),
+            dataset=dataset_of(deployment, schedule),
             rule=schedule["schedule"],
             active=schedule["active"] and not deployment["paused"],
             when=times.get(schedule["id"]),
@@ -136,12 +143,6 @@ def _next_times(ask: Ask, deployment: dict[str, Any]) -> dict[str, datetime]:
             break
         offset += len(page)
     return times
-
-
-def _dataset(deployment: dict[str, Any], schedule: dict[str, Any]) -> str:
-    given = deployment["parameters"] | schedule["parameters"]
-    form = (deployment["parameter_openapi_schema"] or {}).get("properties", {})
-    return str(given.get("dataset", form.get("dataset", {}).get("default", "")))
 
 
 def _within_horizon(rule: dict[str, Any]) -> bool:

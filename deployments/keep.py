@@ -58,7 +58,7 @@ def main() -> int:
         time.sleep(LOOK_SECONDS)
         try:
             look(stack, attempts)
-        except OSError:  # a full disk, no process to be had: better at the next look
+        except Exception:  # a full disk, a package that is being installed: better at the next look
             _LOGGER.exception("what has ended could not be started again")
 
 
@@ -75,11 +75,13 @@ def look(stack: Stack, attempts: dict[str, Attempts]) -> None:
                 if running(stack, service) is None:
                     mine.note(time.monotonic())
                     revive(stack, service)
-    if grown := find_grown(worker(stack), found):
+    if find_grown(worker(stack), found):
         with processes.one_at_a_time(stack.root, _LOGGER.info):
-            most = GROWN // 2**20
-            _LOGGER.warning("the worker has more than %d MiB; it is ended, to begin anew", most)
-            processes.end([grown])
+            # Again, because `make up` may have held the lock for long, and a run may have begun.
+            if grown := find_grown(worker(stack), processes.find(stack.root)):
+                most = GROWN // 2**20
+                _LOGGER.warning("the worker has more than %d MiB; it is ended, to begin anew", most)
+                processes.end([grown])
 
 
 def find_grown(

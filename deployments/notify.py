@@ -109,7 +109,9 @@ def add(prefect: SyncPrefectClient, address: str) -> str:
 
 def describe(prefect: SyncPrefectClient) -> str:
     """Return a line for each block that messages are sent to, without its address."""
-    kinds = describe_kinds(find_recipients(prefect))
+    recipients = find_recipients(prefect)
+    keep_rules(prefect, known_to_server(recipients))  # for blocks that were made in the UI
+    kinds = describe_kinds(recipients)
     if not kinds:
         return "Nobody is told of anything. `make notify URL=…` sends messages to an address."
     width = max(map(len, kinds))

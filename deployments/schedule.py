@@ -19,7 +19,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.server.schemas.schedules import CronSchedule
 from pydantic import TypeAdapter, ValidationError
 
-from deployments.due import table, wait_for_runs
+from deployments.due import dataset_of, table, wait_for_runs
 from deployments.services import PROJECT, StackError
 from deployments.watch import speaking_to_prefect, told_plainly
 from tasks.datasets.base import BASE_ARCHIVES
@@ -68,13 +68,18 @@ def read_rule(cron: str | None, zone: str | None) -> CronSchedule:
     cron, zone = cron or default["cron"], zone or default["timezone"]
     if zone not in available_timezones():
         raise StackError(f"there is no time zone {zone!r}; expected one as in Europe/Berlin")
+    malformed = StackError(
+        f"{cron!r} is no cron expression; expected exactly five fields, minute, hour, day, month "
+        "and weekday, as in '0 3 * * 1', which is Mondays at three, or a word such as @weekly"
+    )
+    # Prefect takes seconds in a sixth field, which others have first: the run would come at
+    # another time than it was meant to.
+    if len(cron.split()) != (1 if cron.startswith("@") else 5):
+        raise malformed
     try:
         rule = CronSchedule(cron=cron, timezone=zone)
     except ValidationError as error:
-        raise StackError(
-            f"{cron!r} is no cron expression; expected minute, hour, day, month and weekday, as in "
-            "'0 3 * * 1', which is Mondays at three"
-        ) from error
+        raise malformed from error
     if not _ever_comes(rule):
         raise StackError(f"{cron!r} never comes; expected a time that does, as in '0 3 * * 1'")
     return rule
@@ -103,7 +108,10 @@ def check_dataset(dataset: str) -> None:
 
 
 def set_schedule(prefect: SyncPrefectClient, dataset: str, rule: CronSchedule) -> None:
-    """Add the data set's schedule to train/weekly, or replace the one that it has."""
+    """Add a schedule of the data set to train/weekly, or change the one that trains it already.
+
+    That may be one of deployments/prefect.yaml: two would be two weeks. `make up` keeps the change.
+    """
     training = _training(prefect)
     found = _found(training, dataset)
     if dataset in _taken():
@@ -112,11 +120,12 @@ def set_schedule(prefect: SyncPrefectClient, dataset: str, rule: CronSchedule) -
             "another name, or change that schedule there"
         )
     path = f"/deployments/{training['id']}/schedules"
+    given = found["parameters"] if found else {}
     content = {
-        "slug": dataset,
+        "slug": found["slug"] if found else dataset,
         "schedule": rule.model_dump(mode="json"),
         "active": True,
-        "parameters": {"dataset": dataset},
+        "parameters": {**given, "dataset": dataset},
     }
     if found:
         _ask(prefect, "PATCH", f"{path}/{found['id']}", content)
@@ -127,7 +136,7 @@ def set_schedule(prefect: SyncPrefectClient, dataset: str, rule: CronSchedule) -
 
 
 def remove_schedule(prefect: SyncPrefectClient, dataset: str) -> None:
-    """Remove the data set's schedule from train/weekly; raise StackError if it has none."""
+    """Remove the schedule that trains the data set from train/weekly; StackError if none does."""
     training = _training(prefect)
     found = None if dataset in _taken() else _found(training, dataset)
     if found is None:
@@ -211,7 +220,10 @@ def _training(prefect: SyncPrefectClient) -> dict[str, Any]:
 
 
 def _found(training: dict[str, Any], dataset: str) -> dict[str, Any] | None:
-    return next((each for each in training["schedules"] if each["slug"] == dataset), None)
+    """Return the schedule that is called like the data set, else the one that trains it."""
+    own = [each for each in training["schedules"] if each["slug"] == dataset]
+    its = [each for each in training["schedules"] if dataset_of(training, each) == dataset]
+    return next(iter(own + its), None)
 
 
 def _ask(prefect: SyncPrefectClient, method: Any, path: Any, content: object) -> Any:

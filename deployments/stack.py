@@ -191,12 +191,26 @@ def _start(stack: Stack, prefect_yaml: Path | None, say: Say, *, reset: bool) ->
         if prefect_yaml is not None:  # while the worker starts
             say(f"deploying {prefect_yaml}")
             deploy(ask, stack, prefect_yaml, reset=reset, say=say)
+            _keep_rules(stack)
     attempt.wait_for(*servers, its_worker)
     if its_keeper in missing:
         attempt.launch(its_keeper)
         attempt.wait_for(its_keeper)
     if prefect_yaml is not None:
         _say_due(stack, say)
+
+
+def _keep_rules(stack: Stack) -> None:
+    """Let the server tell people that nothing of ours can run, before a worker has run anything."""
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from tasks.watch.alarms import keep_rules
+    from tasks.watch.notifications import find_recipients, known_to_server
+
+    url = {PREFECT_API_URL: f"{stack.prefect_url}/api"}
+    with temporary_settings(url), get_client(sync_client=True) as prefect:
+        keep_rules(prefect, known_to_server(find_recipients(prefect)))
 
 
 def all_services(stack: Stack) -> list[Service]:

@@ -18,6 +18,7 @@ from prefect.client.schemas.sorting import TaskRunSort
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from deployments.stack import PROJECT, Stack, StackError, environment
+from tasks.services.addresses import without_credentials
 
 
 def told_plainly(work: Callable[[], int]) -> int:
@@ -43,12 +44,13 @@ def speaking_to_prefect(*, local: bool = False) -> Iterator[SyncPrefectClient]:
     if local or is_local(os.environ.get("PREFECT_API_URL"), stack):
         os.environ |= environment(stack)
     elif missing := missing_services(os.environ):
-        print(f"{os.environ['PREFECT_API_URL']} is not the local stack's. {missing}")
+        url = without_credentials(os.environ["PREFECT_API_URL"])
+        print(f"{url} is not the local stack's. {missing}")
     url = os.environ["PREFECT_API_URL"]  # which Prefect has read already if it was imported before
     with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as prefect:
         if fault := prefect.api_healthcheck():
             raise StackError(
-                f"the Prefect server does not answer at {url} ({fault}); "
+                f"the Prefect server does not answer at {without_credentials(url)} ({fault}); "
                 "start the local one with `make up`, or correct PREFECT_API_URL"
             )
         yield prefect

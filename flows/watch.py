@@ -8,8 +8,9 @@ from tasks.runs.attempt import TimeLimit, in_time
 from tasks.runs.turn import OVERTAKEN, take_turn
 from tasks.services.s3 import DEFAULT_STORE
 from tasks.watch.alarms import WATCHED
+from tasks.watch.histories import notify_of_histories
 from tasks.watch.messages import WATCH_FLOW
-from tasks.watch.notifications import notify_of_histories, notify_people
+from tasks.watch.notifications import notify_people
 from tasks.watch.recovery import recover_runs
 from tasks.watch.schedules import restore_schedules
 
@@ -25,8 +26,8 @@ def watch(store: str = DEFAULT_STORE, time_limit_minutes: TimeLimit = 60) -> Sta
 
     """
     resumed = recover_runs()
-    if overtaken := take_turn({"dataset": None, "store": store}):
+    if overtaken := take_turn({"dataset": None, "store": DEFAULT_STORE}):
         return Completed(name=OVERTAKEN, message=overtaken)
-    done = [*resumed, *notify_people(store), *notify_of_histories(store)]
-    done += restore_schedules(store)  # last: if it fails, people have been told
+    done = [*resumed, *notify_people(store), *restore_schedules(store)]
+    done += notify_of_histories(store)  # last: it is the one that needs MLflow
     return Completed(name=WATCHED, message="; ".join(done) or "nothing to do")

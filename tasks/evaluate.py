@@ -42,8 +42,9 @@ def evaluate_models(models: Mapping[str, str], snapshot: Snapshot) -> dict[str, 
             if role != "previous":
                 raise
             get_run_logger().warning("the previous champion is not shown: %s", error)
-    evaluations, outcomes = evaluate_networks(loaded, models, snapshot)
-    store, test = Store(snapshot.store), read_split(snapshot, "test")
+    train, test = read_split(snapshot, "train"), read_split(snapshot, "test")
+    evaluations, outcomes = evaluate_networks(loaded, models, snapshot, (train, test))
+    store = Store(snapshot.store)
     pictures = _draw(evaluations, outcomes["candidate"], loaded["candidate"][0], test)
     for name, picture in pictures.items():
         store.put(f"runs/{runtime.flow_run.id}/pictures/{name}.png", picture)
@@ -51,16 +52,22 @@ def evaluate_models(models: Mapping[str, str], snapshot: Snapshot) -> dict[str, 
 
 
 def evaluate_networks(
-    loaded: "Mapping[str, tuple[nn.Module, int]]", models: Mapping[str, str], snapshot: Snapshot
+    loaded: "Mapping[str, tuple[nn.Module, int]]",
+    models: Mapping[str, str],
+    snapshot: Snapshot,
+    splits: tuple[Digits, Digits],
 ) -> tuple[dict[str, Evaluation], "dict[str, Outcomes]"]:
-    """Measure networks, given with the bytes of their files, and store their outcomes."""
+    """Measure networks, given with the bytes of their files, and store their outcomes.
+
+    `splits` are the snapshot's training and test images.
+    """
     from mnist_cnn.evaluation import evaluate, measure_all
     from mnist_cnn.evaluation.cost import measure_size, measure_times
     from mnist_cnn.evaluation.shift import measure_shift
 
     logger = get_run_logger()
     folder = f"runs/{runtime.flow_run.id}"
-    train, test = read_split(snapshot, "train"), read_split(snapshot, "test")
+    train, test = splits
     networks = {role: network for role, (network, _) in loaded.items()}
     try:
         measured = measure_all(networks, test)

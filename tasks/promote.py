@@ -10,9 +10,11 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+from uuid import UUID
 
 from prefect import get_run_logger, runtime
 from prefect.artifacts import create_table_artifact
+from prefect.client.orchestration import get_client
 from pydantic import BaseModel
 
 from tasks.records import Candidate, ModelVersion
@@ -24,6 +26,7 @@ from tasks.registry.aliases import (
     moves_carried_out,
     record_move,
     settle_move,
+    take_challenger_from,
     verify_history,
     was_done,
 )
@@ -145,9 +148,12 @@ def register_candidate(
             append_description(candidate.name, known[0].version, sentence)
             return describe(known[0])
         if known:
-            for key, value in tags.items():
-                client.set_model_version_tag(candidate.name, known[0].version, key, value)
             version = known[0]
+            with exclusive(candidate.name):
+                if decision.verdict != "needs-approval":  # as it was before: nobody may approve it
+                    take_challenger_from(candidate.name, version.version)
+                for key, value in tags.items():
+                    client.set_model_version_tag(candidate.name, version.version, key, value)
         else:
             version = mlflow.register_model(candidate.model, candidate.name, tags=tags)
         client.update_model_version(candidate.name, version.version, sentence)
@@ -207,6 +213,12 @@ def approve_challenger(name: str, number: int, account: Account, store: str) -> 
         champion = find_version(name, CHAMPION)
         if model.aliases.get(CHAMPION) != str(number):
             demand_challenger(model, number)
+            if (verdict := version.tags["verdict"]) != "needs-approval":
+                raise Refused(
+                    f"version {number} of {name} was judged {verdict!r}, which nobody may approve: "
+                    "its alias `challenger` was set by hand; look at its card, or run "
+                    "train/weekly again"
+                )
             compared = version.tags["compared_with"]
             present = champion.model if champion else "no champion"
             if compared != present:
@@ -249,6 +261,8 @@ def fix_rollback(
     """
     fixed = read_record(Store(store), _ROLLBACK, Rollback) or _begun_rollback(name)
     if fixed is None:
+        if number is None:
+            _demand_no_move_since_asked(name, store)
         target, champion = find_rollback(name, number, store)
         fixed = Rollback(target=target, replaces=champion)
         write_record(Store(store), _ROLLBACK, fixed)
@@ -298,6 +312,21 @@ def show_history(name: str, store: str) -> tuple[int, list[str]]:
         logger.warning("move %d was restored from the registry's tag", move.sequence)
     create_table_artifact(rows, key=f"history-{name}", description=f"Champions of {name}")
     return len(rows), problems
+
+
+def _demand_no_move_since_asked(name: str, store: str) -> None:
+    """Refuse to take `previous` for what a person meant before it became another version."""
+    with get_client(sync_client=True) as prefect:
+        asked = prefect.read_flow_run(UUID(str(runtime.flow_run.id))).created
+    with asking(f"the versions of {name}"):
+        moves = moves_carried_out(name, read_versions(name), Store(store))
+    later = [move for move in moves if move.action != "reject" and asked and move.when > asked]
+    if later:
+        raise Refused(
+            f"version {later[-1].to_version} of {name} became champion at "
+            f"{later[-1].when:%Y-%m-%d %H:%M:%S} UTC, after this rollback was asked for; nothing "
+            "was moved: look at promote/history, and name the version to roll back to"
+        )
 
 
 def _begun_rollback(name: str) -> Rollback | None:

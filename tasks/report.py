@@ -24,6 +24,7 @@ from tasks.records import (
     ValidatedSnapshot,
 )
 from tasks.registry.versions import asking
+from tasks.services.addresses import without_credentials
 from tasks.services.s3 import LINK_LIFE, Store
 from tasks.services.step import step
 
@@ -180,7 +181,7 @@ def _data_links(snapshot: Snapshot, report: str) -> tuple[dict[str, str], str]:
 def _mlflow_links(candidate: Candidate, version: ModelVersion) -> dict[str, str]:
     import mlflow
 
-    server = mlflow.get_tracking_uri().rstrip("/")
+    server = without_credentials(mlflow.get_tracking_uri()).rstrip("/")
     return {
         "MLflow run": _mlflow_run(candidate),
         "registered version": f"{server}/#/models/{version.name}/versions/{version.version}",
@@ -191,7 +192,7 @@ def _mlflow_run(candidate: Candidate) -> str:
     import mlflow
 
     experiment = mlflow.get_run(candidate.run_id).info.experiment_id
-    server = mlflow.get_tracking_uri().rstrip("/")
+    server = without_credentials(mlflow.get_tracking_uri()).rstrip("/")
     return f"{server}/#/experiments/{experiment}/runs/{candidate.run_id}"
 
 

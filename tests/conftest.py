@@ -11,6 +11,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from deployments.stack import PROJECT, Ports, Stack, environment, start, stop
 from tasks.services.s3 import Store
 from tests import server_logs
+from tests.reaper import reaped
 
 
 @pytest.fixture(scope="session")
@@ -22,15 +23,16 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     stack = Stack(tmp_path_factory.mktemp("stack"), Ports.free())
     before = dict(os.environ)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a killed session ends its servers
-    try:
-        start(stack, deploy=PROJECT / "deployments" / "prefect.yaml")
-        os.environ |= environment(stack) | {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
-        with temporary_settings({PREFECT_API_URL: os.environ["PREFECT_API_URL"]}):
-            yield stack
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-        stop(stack)
+    with reaped(stack.root):
+        try:
+            start(stack, deploy=PROJECT / "deployments" / "prefect.yaml")
+            os.environ |= environment(stack) | {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+            with temporary_settings({PREFECT_API_URL: os.environ["PREFECT_API_URL"]}):
+                yield stack
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+            stop(stack)
     unexpected = server_logs.errors(stack)
     assert not unexpected, "\n".join(["the servers logged errors:", *unexpected])
 

@@ -1,4 +1,4 @@
-"""A real HTTP server that receives messages: it takes, refuses, or hangs, as its path says."""
+"""A real HTTP server that receives messages: its path says if it takes, refuses, hangs, is slow."""
 
 import json
 import threading
@@ -9,10 +9,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 TOKEN = "xoxb-4242-VeryS3cretT0ken"  # noqa: S105 - it is planted, to be looked for everywhere
+_SHORT = 600
+_SLOW_SECONDS = 11
 
 
 class Inbox(ThreadingHTTPServer):
-    """Messages as they arrive at `/take/TOKEN`; `/refuse/…` answers 500, `/hang/…` never."""
+    """Messages as they arrive at `/take/TOKEN`.
+
+    `/refuse/…` answers 500, `/hang/…` never; `/short/…` takes no more than 600 bytes; `/slow/…` has
+    taken the message long before it answers.
+    """
 
     daemon_threads = True
 
@@ -57,10 +63,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.paths.append(self.path)
         if self.path.startswith("/hang/"):
             time.sleep(60)
-        if self.path.startswith("/take/"):
+        long = self.path.startswith("/short/") and len(content) > _SHORT
+        takes = self.path.startswith(("/take/", "/slow/", "/short/")) and not long
+        if takes:
             self.server.times.append(time.time())
             self.server.received.append(json.loads(content))
-        self.send_response(200 if self.path.startswith("/take/") else 500)
+        if self.path.startswith("/slow/"):
+            time.sleep(_SLOW_SECONDS)
+        self.send_response(200 if takes else 413 if long else 500)
         self.end_headers()
 
     def log_message(self, *_: object) -> None:

@@ -1,46 +1,8 @@
 """Decide whether a candidate replaces the champion: a pure function of two sets of outcomes.
 
-A verdict needs four things, in this order.
-
-1. Floors. They bind every candidate, with or without a champion.
-2. No loss beyond a margin is *seen*: overall, in a digit or in a factor. One that is seen keeps the
-   champion, proved or not, because keeping is the safe side.
-3. *Proof*: the candidate is superior overall, or non-inferior overall and newer (the champion was
-   trained on older data); and it is non-inferior in every digit and in every factor.
-4. Otherwise a person decides, but only on a borderline case, in which something speaks for the
-   candidate: at least as many images are right overall, and these images alone, had they never
-   decided before, refute a loss beyond the margin.
-
-A person may approve whatever is offered: the rule "promote if accuracy is at least as high" would
-have promoted each of these as well.
-
-- The first condition of step 4 keeps the accuracy that a test split shows from stepping down from
-  approval to approval. That descent, each candidate a little worse than the one before and within
-  its margin, is the bio-creep of non-inferiority trials (Everson-Stewart and Emerson 2010,
-  doi:10.1002/sim.4053). A proof on newer data may take such a step, but not for long: by the levels
-  below, the 33rd decision on 10,000 images and those after it prove nothing within 0.1 points
-  unless a gain is seen.
-- The second bounds a single offer. The more two models differ, the likelier the worse one looks
-  as good by luck; of the candidates that are truly worse by the margin, a share of at most alpha is
-  offered. That is the error per comparison: what it takes beyond that to promote without asking is
-  the correction for reuse.
-
-Which comparisons need a correction for multiplicity:
-
-- The tests of one decision need none. A promotion demands that all of them succeed, so that it is
-  wrong only if one particular test errs: an intersection-union test (Berger 1982, Technometrics
-  24:295). Superiority and non-inferiority overall need none between them either, since their
-  hypotheses are nested (Morikawa and Yoshida 1995, J. Biopharm. Stat. 5:297).
-- The decisions on one test split need it, for each is another chance to be fooled by the same
-  images. Decision k has the level alpha / (k (k + 1)); these sum to less than alpha however many
-  follow, so that the chance that a test split ever lets a worse model through is at most alpha
-  (alpha-spending: Foster and Stine 2008, J. R. Stat. Soc. B 70:429; Tian and Ramdas 2021,
-  arXiv:1910.04900). It asks no independence of the candidates, but that no candidate was made
-  with knowledge of how these images were classified. The Ladder (Blum and Hardt 2015,
-  arXiv:1502.04585) allows that, with an error of about (log(k n) / n)^(1/3): 0.1 for 10,000 images,
-  a hundred times the margin. What the sum leaves out is that the champion itself was chosen on
-  these images. It therefore looks better than it is, which makes the next promotion harder;
-  `tests/benchmarks/promotion.py` measures 200 such weeks.
+Floors bind every candidate. Against a champion no loss beyond a margin may be seen, and a promotion
+needs a proof; what cannot be proved, but has something that speaks for it, a person decides. The
+README of this room says why, and which tests need which correction.
 """
 
 from collections.abc import Mapping

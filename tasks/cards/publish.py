@@ -36,6 +36,7 @@ from tasks.datasets.ledger import read_base
 from tasks.datasets.snapshots import read_profile
 from tasks.records import SPLITS, Candidate, ModelVersion, ValidatedSnapshot
 from tasks.registry.versions import asking
+from tasks.services.addresses import without_credentials
 from tasks.services.s3 import Store
 from tasks.services.step import step
 
@@ -150,7 +151,7 @@ def publish_cards(
     from mlflow import MlflowClient
 
     client = MlflowClient()
-    server = mlflow.get_tracking_uri().rstrip("/")
+    server = without_credentials(mlflow.get_tracking_uri()).rstrip("/")
     run = client.get_run(candidate.run_id)
     run_page = f"{server}/#/experiments/{run.info.experiment_id}/runs/{candidate.run_id}"
     # MLflow sends a file itself as a download, which suits pictures; its page shows a text.

@@ -57,13 +57,14 @@ def check_decisions(
     """
     from mnist_cnn.evaluation.faulty_models import plant_faults
 
-    store, test = Store(snapshot.store), read_split(snapshot, "test")
+    store = Store(snapshot.store)
+    train, test = read_split(snapshot, "train"), read_split(snapshot, "test")
     good, size = load_model(champion.model)
     named = [name for name in policy.factor_floors if name.startswith("Gaussian")] if policy else []
     faults = plant_faults(good, test, named[0] if named else _NOISE)
     networks = {"champion": (good, size)} | {fault.name: (fault.model, size) for fault in faults}
     addresses = {name: f"planted: {name}" for name in networks}
-    measured, _ = evaluate_networks(networks, addresses, snapshot)
+    measured, _ = evaluate_networks(networks, addresses, snapshot, (train, test))
     split = test.digest()
     scored = {
         name: score(found, store, test, split, snapshot.until) for name, found in measured.items()

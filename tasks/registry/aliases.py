@@ -184,15 +184,20 @@ def record_move(move: Move, store: Store) -> None:
 
 def settle_move(move: Move) -> None:
     """Say in the version's description what was done, and take the alias `challenger` from it."""
-    from mlflow import MlflowClient
-
     done = {"promote": "promoted", "approve": "approved", "reject": "rejected"}
     sentence = f"{done.get(move.action, 'rolled back to')} by {move.who}: {move.why}"
     append_description(
         move.model, move.to_version, f"Move {move.sequence}: {sentence} ({move.run_url})"
     )
-    if read_model(move.model).aliases.get(CHALLENGER) == move.to_version:
-        MlflowClient().delete_registered_model_alias(move.model, CHALLENGER)
+    take_challenger_from(move.model, move.to_version)
+
+
+def take_challenger_from(name: str, number: str) -> None:
+    """Take the alias `challenger` from a version, if it has it. The caller holds `exclusive`."""
+    from mlflow import MlflowClient
+
+    if read_model(name).aliases.get(CHALLENGER) == str(number):
+        MlflowClient().delete_registered_model_alias(name, CHALLENGER)
 
 
 def _emit(move: Move, target: "RegisteredVersion", store: Store) -> None:

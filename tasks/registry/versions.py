@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from tasks.records import ModelVersion
 from tasks.registry.history import Move
+from tasks.services.addresses import without_credentials
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion as RegisteredVersion
@@ -59,16 +60,20 @@ def asking(what: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, RequestException, HTTPError) as error:
-        sentence = (
-            f"{what} could not be read or written at {os.environ['MLFLOW_TRACKING_URI']} ({error})"
+        address = os.environ["MLFLOW_TRACKING_URI"]
+        sentence = without_credentials(
+            f"{what} could not be read or written at {address} ({error})"
         )
+        # The cause is logged as it is: not if the address of the server stands in it, with its
+        # password.
+        cause = error if without_credentials(address) == address else None
         if _is_away(error):
             raise RegistryUnreachable(
                 f"{sentence}; nothing is promoted: repair the MLflow server and run again"
-            ) from error
+            ) from cause
         raise RegistryError(
             f"{sentence}; nothing is promoted: correct what MLflow refuses and run again"
-        ) from error
+        ) from cause
 
 
 def _is_away(error: Exception) -> bool:

@@ -10,6 +10,7 @@ server says of its run, and acts on it:
 """
 
 import faulthandler
+import math
 import os
 import signal
 import sys
@@ -17,15 +18,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import copy_context
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar, copy_context
 from datetime import datetime, timedelta
 from functools import wraps
 from inspect import signature
 from typing import Annotated, Literal, ParamSpec, TypeVar
 from uuid import UUID
 
-import httpx
 from prefect import get_run_logger, runtime
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, State
@@ -35,6 +35,7 @@ from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelled, Failed, Running
 from pydantic import Field
 
+from tasks.runs.output import outlive_the_reader
 from tasks.services.clock import server_time
 
 P = ParamSpec("P")
@@ -48,6 +49,9 @@ _CANCELLING_SECONDS = 60.0
 """A worker that lives has ended a cancelled run by then."""
 _LAST_RESORT_SECONDS = 120.0
 """After the limit; the interpreter itself may hang, so that no thread of Python gets to run."""
+
+_GUARD: ContextVar["_Guard | None"] = ContextVar("guard", default=None)
+"""The guard of this process's attempt, once there is one."""
 
 Order = Literal["go on", "say that it goes on", "end", "end as cancelled"]
 
@@ -80,22 +84,29 @@ def in_time(function: Callable[P, R]) -> Callable[P, R]:
 
 
 @contextmanager
-def attempt(limit_minutes: float) -> Iterator[None]:
+def attempt(limit_minutes: float = math.inf) -> Iterator[None]:
     """Guard the work that follows; end the process if its time is up or the run is not its own.
 
-    A run that exceeds its limit ends as Failed with the name "Timed out". In a process that was not
-    started for the run, such as a test's, nothing is guarded.
+    A run that exceeds its limit ends as Failed with the name "Timed out". An attempt within another
+    one sets the limit, which counts from then on. In a process that was not started for the run,
+    such as a test's, nothing is guarded.
     """
     if os.environ.get("PREFECT__FLOW_RUN_ID") != str(runtime.flow_run.id):
         yield
         return
+    if outer := _GUARD.get():
+        outer.limit(limit_minutes)
+        yield
+        return
+    outlive_the_reader()
     guard = _Guard(limit_minutes)
     thread = threading.Thread(target=copy_context().run, args=[guard.watch], daemon=True)
-    faulthandler.dump_traceback_later(60 * limit_minutes + _LAST_RESORT_SECONDS, exit=True)
     thread.start()
+    token = _GUARD.set(guard)
     try:
         yield
     finally:
+        _GUARD.reset(token)
         guard.over.set()
         thread.join(_LOOK_SECONDS)
         faulthandler.cancel_dump_traceback_later()
@@ -107,25 +118,31 @@ class _Guard:
     def __init__(self, limit_minutes: float) -> None:
         self._run_id = UUID(str(runtime.flow_run.id))
         self._number = int(runtime.flow_run.run_count)
-        self._limit = limit_minutes
-        self._ends = time.monotonic() + 60 * limit_minutes
         self._main = threading.main_thread()
         self._logger = get_run_logger()
         self.over = threading.Event()
+        self.limit(limit_minutes)
+
+    def limit(self, minutes: float) -> None:
+        """Let the time be up in so many minutes."""
+        self._limit, self._ends = minutes, time.monotonic() + 60 * minutes
+        if math.isfinite(minutes):
+            faulthandler.dump_traceback_later(60 * minutes + _LAST_RESORT_SECONDS, exit=True)
 
     def watch(self) -> None:
         """Look until the work is over; a server that is away is asked again at the next look."""
         with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
-            while not self.over.wait(_LOOK_SECONDS):
+            while not self.over.is_set():
                 try:
                     with get_client(sync_client=True) as prefect:
                         self._look(prefect)
                 except ObjectNotFound:  # somebody deleted the run
                     _end_process()
-                except (httpx.HTTPError, ValueError) as error:  # it is away, or answers no JSON
-                    self._logger.debug("the Prefect server cannot be asked now: %s", error)
+                except Exception as error:  # noqa: BLE001 - without a guard nothing ends the run
+                    self._logger.debug("the Prefect server cannot be asked now: %r", error)
                 if time.monotonic() > self._ends + _LOOK_SECONDS:
                     _end_process()  # the server is away: its worker or the heartbeat tells
+                self.over.wait(_LOOK_SECONDS)
 
     def _look(self, prefect: SyncPrefectClient) -> None:
         run = prefect.read_flow_run(self._run_id)
@@ -165,8 +182,11 @@ def _end_process() -> None:
     """End this process and its children at once: what it was doing must not go on."""
     import psutil
 
-    for child in psutil.Process().children(recursive=True):
-        child.kill()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):  # it ended by itself
+                child.kill()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os.kill(os.getpid(), signal.SIGKILL)

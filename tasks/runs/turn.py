@@ -6,7 +6,8 @@ drops the run of one data set because another's is going, and it keeps a whole q
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from functools import wraps
 from inspect import signature
 from typing import Literal, ParamSpec
@@ -18,6 +19,7 @@ from prefect.client.schemas.filters import (
     DeploymentFilter,
     DeploymentFilterId,
     FlowRunFilter,
+    FlowRunFilterEndTime,
     FlowRunFilterExpectedStartTime,
     FlowRunFilterState,
     FlowRunFilterStateType,
@@ -25,6 +27,8 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.states import Completed
 
+from tasks.runs.attempt import attempt
+from tasks.runs.states import GIVEN_UP, began
 from tasks.services.clock import server_time
 from tasks.services.step import step
 
@@ -36,6 +40,9 @@ TAG = "mnist-retraining"
 OVERTAKEN = "Overtaken"
 """Name of the state in which a run ends whose work a newer one does."""
 
+_RESUMED_WITHIN = timedelta(minutes=10)
+"""After which nobody waits any more for a run that died."""
+
 _LOOK_SECONDS = 5.0
 _SUBJECT = ("dataset", "store")
 _SAME_WORK = {"dataset", "store", "quiet_minutes"}
@@ -44,50 +51,59 @@ _SAME_WORK = {"dataset", "store", "quiet_minutes"}
 Turn = Literal["go", "wait", "overtaken"]
 
 
-def judge_turn(run: FlowRun, others: Iterable[FlowRun], defaults: Mapping[str, object]) -> Turn:
-    """Decide whether a run may go; `others` are the active runs of its deployment that are due.
+@dataclass(frozen=True)
+class Contender:
+    """A run of a deployment that is due, goes, or died and will be resumed."""
 
-    Of one data set, the run that started first goes. One that was not begun before is overtaken by
-    a newer one of the same parameters: always if the schedule made it, else if it had to wait.
-    `defaults` stand for the parameters that a run was not given.
+    run: FlowRun
+    began: datetime | None
+    """None if it has not; a run that was resumed after a death began before that."""
+
+
+def judge_turn(run: Contender, others: Iterable[Contender], defaults: Mapping[str, object]) -> Turn:
+    """Decide whether a run may go; `others` are those of its deployment.
+
+    Of one data set, the run that began first goes. One that was not begun before is overtaken by a
+    newer one of the same parameters: always if the schedule made it, else if it had to wait.
+    `defaults` are the flow's own, for the parameters that a run was not given.
     """
     rivals = [
         other
         for other in others
-        if other.id != run.id and _subject(other, defaults) == _subject(run, defaults)
+        if other.run.id != run.run.id
+        and _subject(other.run, defaults) == _subject(run.run, defaults)
     ]
-    ahead = any(
-        other.state and other.state.is_running() and _started(other) < _started(run)
+    ahead = any(other.began and _place(other) < _place(run) for other in rivals)
+    newer = any(
+        _wish(other.run) == _wish(run.run) and _due(other.run) > _due(run.run)
         for other in rivals
+        if other.run.state and not other.run.state.is_crashed()
     )
-    newer = any(_wish(other) == _wish(run) and _due(other) > _due(run) for other in rivals)
-    if newer and run.run_count <= 1 and (ahead or run.auto_scheduled):
+    if newer and run.run.run_count <= 1 and (ahead or run.run.auto_scheduled):
         return "overtaken"
     return "wait" if ahead else "go"
 
 
 def in_turn(function: Callable[P, State[object]]) -> Callable[P, State[object]]:
     """Let a flow wait for its turn before anything else; an overtaken run ends as Overtaken."""
-    form = signature(function)
+    form = signature(function).parameters
+    defaults: dict[str, object] = {name: form[name].default for name in _SUBJECT}
 
     @wraps(function)
     def waiting(*arguments: P.args, **parameters: P.kwargs) -> State[object]:
-        given = form.bind(*arguments, **parameters)
-        given.apply_defaults()
-        subject = {name: given.arguments[name] for name in _SUBJECT}
-        if overtaken := take_turn(subject):
-            return Completed(name=OVERTAKEN, message=overtaken)
-        return function(*arguments, **parameters)
+        with attempt():  # without a limit: waiting does not count
+            if overtaken := take_turn(defaults):
+                return Completed(name=OVERTAKEN, message=overtaken)
+            return function(*arguments, **parameters)
 
     return waiting
 
 
 @step
-def take_turn(subject: dict[str, object]) -> str | None:
+def take_turn(defaults: dict[str, object]) -> str | None:
     """Wait until this run may go; return a sentence if it was overtaken, None once it may.
 
-    `subject` holds the data set and the store that it is about. A run without a deployment goes at
-    once.
+    `defaults` are the flow's own data set and store. A run without a deployment goes at once.
     """
     deployment = runtime.deployment.id
     if deployment is None:
@@ -95,8 +111,9 @@ def take_turn(subject: dict[str, object]) -> str | None:
     said = False
     while True:
         with get_client(sync_client=True) as prefect:
-            run = prefect.read_flow_run(UUID(str(runtime.flow_run.id)))
-            turn = judge_turn(run, _active(prefect, UUID(str(deployment))), subject)
+            others = _find_contenders(prefect, UUID(str(deployment)))
+            run = _enter(prefect, prefect.read_flow_run(UUID(str(runtime.flow_run.id))))
+            turn = judge_turn(run, others, defaults)
         if turn == "go":
             return None
         if turn == "overtaken":
@@ -110,22 +127,44 @@ def take_turn(subject: dict[str, object]) -> str | None:
         time.sleep(_LOOK_SECONDS)
 
 
-def _active(prefect: SyncPrefectClient, deployment: UUID) -> list[FlowRun]:
-    """Return the runs of a deployment that have begun or are due, and have not ended.
+def _find_contenders(prefect: SyncPrefectClient, deployment: UUID) -> list[Contender]:
+    """Return the runs of a deployment that have begun or are due, and have not ended for good.
 
-    Whether one has begun does not depend on a clock, and what is due the server's clock decides.
+    Whether one has begun does not depend on a clock, and what is due the server's clock decides. A
+    run that died a short time ago will be resumed.
     """
+    now = server_time(prefect)
     begun = FlowRunFilter(state=_in_states(StateType.PENDING, StateType.RUNNING))
     due = FlowRunFilter(
         state=_in_states(StateType.SCHEDULED),
-        expected_start_time=FlowRunFilterExpectedStartTime(before_=server_time(prefect)),
+        expected_start_time=FlowRunFilterExpectedStartTime(before_=now),
+    )
+    dead = FlowRunFilter(
+        state=_in_states(StateType.CRASHED),
+        end_time=FlowRunFilterEndTime(after_=now - _RESUMED_WITHIN),
     )
     ours = DeploymentFilter(id=DeploymentFilterId(any_=[deployment]))
-    return [
-        found
-        for wanted in (begun, due)
+    contenders = [
+        _enter(prefect, found)
+        for wanted in (begun, due, dead)
         for found in prefect.read_flow_runs(flow_run_filter=wanted, deployment_filter=ours)
+        if found.state_name != GIVEN_UP
     ]
+    return [
+        contender if _may_go_on(contender.run, now) else replace(contender, began=None)
+        for contender in contenders
+    ]
+
+
+def _enter(prefect: SyncPrefectClient, run: FlowRun) -> Contender:
+    once = run.run_count <= 1
+    return Contender(run, run.start_time if once else began(prefect.read_flow_run_states(run.id)))
+
+
+def _may_go_on(run: FlowRun, now: datetime) -> bool:
+    """Tell whether a run that has begun goes, or will soon: nobody may take it up again."""
+    state = run.state
+    return state is not None and (state.is_running() or now - state.timestamp < _RESUMED_WITHIN)
 
 
 def _in_states(*types: StateType) -> FlowRunFilterState:
@@ -142,8 +181,8 @@ def _wish(run: FlowRun) -> dict[str, object]:
     return {name: value for name, value in run.parameters.items() if name not in _SAME_WORK}
 
 
-def _started(run: FlowRun) -> tuple[datetime, str]:
-    return run.start_time or datetime.max.replace(tzinfo=UTC), str(run.id)
+def _place(contender: Contender) -> tuple[datetime, str]:
+    return contender.began or datetime.max.replace(tzinfo=UTC), str(contender.run.id)
 
 
 def _due(run: FlowRun) -> tuple[datetime, str]:

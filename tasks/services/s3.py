@@ -17,6 +17,7 @@ from functools import cache
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
+from tasks.services.addresses import without_credentials
 from tasks.services.clock import read_date
 
 if TYPE_CHECKING:
@@ -269,9 +270,10 @@ class Store:
             ResponseParserError,
         ) as error:
             raise StorageUnreachable(
-                f"the S3 server of {self.address} does not answer ({error}); start it "
-                "(`make up` starts the local one) or correct AWS_ENDPOINT_URL_S3"
-            ) from error
+                f"the S3 server of {self.address} does not answer "
+                f"({without_credentials(str(error))}); start it (`make up` starts the local one) "
+                "or correct AWS_ENDPOINT_URL_S3"
+            ) from None  # Prefect would log the cause, which may quote a password
 
 
 def _connect() -> "S3Client":

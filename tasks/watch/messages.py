@@ -15,7 +15,8 @@ from typing import Literal
 from pydantic import BaseModel
 
 from tasks.records import RunSummary, Verdict
-from tasks.watch.recovery import GIVEN_UP
+from tasks.runs.states import GIVEN_UP
+from tasks.services.addresses import without_credentials
 
 Severity = Literal["info", "success", "warning", "failure"]
 
@@ -31,7 +32,13 @@ WATCH_FLOW = "watch"
 """Name of the flow that sends the messages."""
 
 DROUGHT = timedelta(days=8)
-"""How long a data set may be without a training that ends well: a week, and a day of grace."""
+"""How long a data set may be without a training that ends well: a week, and a day of grace.
+
+Longer where its schedule is sparser.
+"""
+
+_UNREAD = timedelta(days=1)
+"""How long a history may be unreadable: MLflow is away now and then."""
 
 _RESUME_GRACE = timedelta(minutes=15)
 """A crashed run is resumed before that, or nobody resumes it."""
@@ -41,6 +48,8 @@ _SCHEDULE_GRACE = timedelta(minutes=10)
 _REASON_LENGTH = 900
 _BODY_LENGTH = 1800
 """Discord refuses more than 2,000 characters."""
+_SHORT_LENGTH = 140
+"""Of a short form, a subject or a body: about what a text message holds."""
 
 _LINKS = ("approval form", "Prefect run", "MLflow run", "registered version", "validation report")
 """Links of a run's summary that a message carries, the most useful first."""
@@ -91,6 +100,8 @@ class Training:
     """When a run last began."""
     succeeded: datetime | None
     """When a run last ended well."""
+    limit: timedelta = DROUGHT
+    """How long it may be without one."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +116,15 @@ class IdleSchedule:
 
 
 @dataclass(frozen=True)
+class UnreadHistory:
+    """The history of a model that could not be read, and so not be verified."""
+
+    model: str
+    since: datetime
+    reason: str
+
+
+@dataclass(frozen=True)
 class Situation:
     """All that messages are composed from."""
 
@@ -116,6 +136,7 @@ class Situation:
     idle: tuple[IdleSchedule, ...] = ()
     broken: Mapping[str, str] = field(default_factory=dict)
     """What is wrong with the history of a registered model."""
+    unread: tuple[UnreadHistory, ...] = ()
 
 
 def compose(situation: Situation) -> list[Message]:
@@ -127,6 +148,7 @@ def compose(situation: Situation) -> list[Message]:
         (_about_drought(each, now) for each in situation.trainings if _lacks_training(each, now)),
         (_about_schedule(each) for each in situation.idle if now - each.changed > _SCHEDULE_GRACE),
         (_about_history(model, problems) for model, problems in situation.broken.items()),
+        _about_unread([each for each in situation.unread if now - each.since > _UNREAD], now),
     )
     return list({message.key: message for message in messages}.values())
 
@@ -216,19 +238,20 @@ def last_batches(keys: Iterable[str]) -> dict[str, int]:
 def _lacks_training(training: Training, now: datetime) -> bool:
     recent = training.attempted is not None and now - training.attempted < DROUGHT
     wanted = training.scheduled or recent
-    return wanted and now - (training.succeeded or training.since) > DROUGHT
+    return wanted and now - (training.succeeded or training.since) > training.limit
 
 
 def _about_drought(training: Training, now: datetime) -> Message:
     since = training.succeeded or training.since
     days = (now - since).days
+    times = (now - since).total_seconds() // training.limit.total_seconds()
     did = (
         f"The last that did ended {since:%Y-%m-%d %H:%M} UTC" if training.succeeded else "None did"
     )
     began = f"{training.attempted:%Y-%m-%d %H:%M} UTC" if training.attempted else "never"
     return _message(
-        # Once for each eight days that it goes on.
-        f"not-trained-{training.dataset}-{since:%Y-%m-%d}-{days // DROUGHT.days}",
+        # Once for each eight days, or what else is its limit, that it goes on.
+        f"not-trained-{training.dataset}-{since:%Y-%m-%d}-{times:.0f}",
         f"Not trained for {days} days: {training.dataset}",
         [
             f"No training of {training.dataset} ended well for {days} days. {did}.",
@@ -264,6 +287,37 @@ def _about_history(model: str, problems: str) -> Message:
     )
 
 
+def _about_unread(unread: list[UnreadHistory], now: datetime) -> Iterator[Message]:
+    """Compose one message for all histories that cannot be read: mostly MLflow is away."""
+    if unread:
+        since = min(each.since for each in unread)
+        days = max(1, (now - since).days)
+        reasons = dict.fromkeys(each.reason for each in unread)
+        each_length = max(80, _REASON_LENGTH // len(reasons))
+        yield _message(
+            f"histories-unread-{since:%Y-%m-%dT%H-%M}",
+            f"History not verified for {days} day{'s' if days > 1 else ''}: "
+            + _cut(", ".join(each.model for each in unread), 100),
+            [_cut(reason, each_length) for reason in reasons],
+            severity="warning",
+            facts={"kind": "not-verified", "model": ", ".join(each.model for each in unread)},
+        )
+
+
+def shorten(message: Message) -> Message:
+    """Return the subject and one link: what a recipient takes that refuses long messages."""
+    links = {name: value for name, value in message.facts.items() if name.startswith("link_")}
+    link = links.get("link_prefect_run") or next(iter(links.values()), None)
+    kept = ("kind", "dataset", "model", "model_version", "run")
+    return message.model_copy(
+        update={
+            "subject": _cut(message.subject, _SHORT_LENGTH),
+            "body": link or _cut(message.body, _SHORT_LENGTH),
+            "facts": {name: message.facts[name] for name in kept if name in message.facts},
+        }
+    )
+
+
 def _history_key(model: str | None, problems: str) -> str:
     return f"history-{model}-{hashlib.sha256(problems.encode()).hexdigest()[:12]}"
 
@@ -277,13 +331,16 @@ def _message(
     facts: Mapping[str, str | None],
     links: Mapping[str, str] | None = None,
 ) -> Message:
-    """Put a message together; links that do not fit are left out, the least useful first."""
-    body = "\n".join(paragraphs)
+    """Put a message together; links that do not fit are left out, the least useful first.
+
+    Errors are quoted in it, and those of other people's libraries may quote an address.
+    """
+    body = without_credentials("\n".join(paragraphs))
     known = {name: links[name] for name in _LINKS if name in links} if links else {}
     for name, address in known.items():
         line = f"\n{name}: {address}"
         body += line if len(body) + len(line) <= _BODY_LENGTH else ""
-    given = {name: value for name, value in facts.items() if value}
+    given = {name: without_credentials(value) for name, value in facts.items() if value}
     given |= {f"link_{_plain(name, '_')}": address for name, address in known.items()}
     return Message(key=key, subject=subject, body=body, severity=severity, facts=given)
 

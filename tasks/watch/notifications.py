@@ -4,7 +4,8 @@ Every block whose name is `retraining` or begins with `retraining-`, and that ca
 those of `make notify`, and those that a person makes in the UI under Blocks (Slack Webhook,
 Microsoft Teams Webhook, Discord Webhook, Mattermost, PagerDuty, Opsgenie, Twilio, Sendgrid …).
 
-    STORE/messages/KEY.json    a message, which blocks took it, and which still have to
+    STORE/messages/KEY.json     a message, which blocks took it, and which still have to
+    STORE/watch/last-look.json  when people were last told of all that had happened
 
 An address is as good as a password. None is ever logged, recorded or put into an error: why a block
 failed is said in words of ours, never in those of a library, which quote addresses.
@@ -16,7 +17,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from contextvars import copy_context
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -32,13 +33,12 @@ from prefect.blocks.notifications import AbstractAppriseNotificationBlock
 from prefect.client.orchestration import get_client
 from pydantic import BaseModel, SecretStr
 
-from tasks.registry.aliases import verify_history
-from tasks.registry.versions import Refused
 from tasks.services.clock import server_time
 from tasks.services.s3 import Store
 from tasks.services.step import step
 from tasks.watch.alarms import keep_rules
-from tasks.watch.messages import Message, Situation, compose
+from tasks.watch.delivery import KEPT, Delivery, Failure, settle
+from tasks.watch.messages import Message, compose, shorten
 from tasks.watch.situation import look
 
 if TYPE_CHECKING:
@@ -48,19 +48,28 @@ if TYPE_CHECKING:
 NAME = "retraining"
 """What the names of the blocks begin with."""
 
-TIME_LIMIT = 10.0
-"""Seconds that a block has for one message."""
+TIME_LIMIT = 20.0
+"""Seconds that a block has for one message: more than Apprise waits for a connection, 4, and for an
+answer, 12 at most (deployments/notify.py), or what a slow one takes would count as not taken."""
 
 FOLDER = "messages/"
-_VERIFIED = "watch/histories-verified.json"
+_LAST_LOOK = "watch/last-look.json"
 
-_RETRY = timedelta(hours=48)
-"""How long a block that failed is given the message again."""
+_LOOK_BACK = timedelta(hours=48)
+"""How far back each look goes at least; the first one goes no further."""
+_OVERLAP = timedelta(hours=1)
+"""A fault may be told a quarter of an hour after it was seen first."""
 _PAGE = 200
 _QUOTED_BY_SERVER = "Custom Webhook"
 """Prefect's own webhook raises an error that quotes the address, and the server logs it."""
 _QUOTING = ("apprise", "httpx", "httpcore", "urllib3")
 """Loggers of libraries that may quote addresses."""
+
+_BUSY = (408, 425, 429, 502, 503, 504)
+"""Statuses that say nothing against the message."""
+_DEBUG = ContextVar[list[str] | None]("debug", default=None)
+"""What Apprise notes below WARNING while a message is sent; only there it tells one error of the
+connection from another. It quotes addresses, so that no handler ever gets it."""
 
 
 @dataclass(frozen=True)
@@ -76,15 +85,11 @@ class Recipient:
     load: Callable[[], NotificationBlock]
 
 
-class Delivery(BaseModel, frozen=True):
-    """A message that at least one block took."""
+class LastLook(BaseModel, frozen=True):
+    """When people were last told of all that had happened until then."""
 
     format: int = 1
-    message: Message
-    sent: datetime
-    taken: list[str]
-    owed: list[str]
-    """Blocks that failed and are tried again."""
+    looked: datetime
 
 
 def find_recipients(prefect: "SyncPrefectClient") -> list[Recipient]:
@@ -120,7 +125,7 @@ def _recipient(document: "BlockDocument") -> Recipient:
 
 def send(
     recipients: Iterable[Recipient], message: Message, limit: float = TIME_LIMIT
-) -> dict[str, str | None]:
+) -> dict[str, Failure | None]:
     """Send a message to all recipients at once; return for each why it failed, None if it did not.
 
     Each has a thread of its own that is left behind if it does not end in time: nothing that a
@@ -129,7 +134,9 @@ def send(
     for name in _QUOTING:
         logging.getLogger(name).propagate = False
         logging.getLogger(name).addHandler(logging.NullHandler())
-    results: dict[str, str | None] = {}
+    logging.getLogger("apprise").setLevel(logging.DEBUG)
+    logging.getLogger("apprise").addFilter(_keep_debug)
+    results: dict[str, Failure | None] = {}
     threads: dict[str, threading.Thread] = {}
     for recipient in recipients:
         work = partial(copy_context().run, _attempt, recipient, message, results)
@@ -138,11 +145,22 @@ def send(
     end = time.monotonic() + limit
     for thread in threads.values():
         thread.join(max(0.0, end - time.monotonic()))
-    late = f"it did not answer within {limit:.0f} s"
+    late = Failure("late", f"it did not answer within {limit:.0f} s")
     return {name: results.get(name, late) for name in threads}
 
 
-def _attempt(recipient: Recipient, message: Message, results: dict[str, str | None]) -> None:
+def _keep_debug(record: logging.LogRecord) -> bool:
+    """Let warnings pass; note the rest for whoever sends in this context."""
+    if record.levelno >= logging.WARNING:
+        return True
+    if (noted := _DEBUG.get()) is not None:
+        noted.append(record.getMessage())
+    return False
+
+
+def _attempt(recipient: Recipient, message: Message, results: dict[str, Failure | None]) -> None:
+    noted = list[str]()
+    _DEBUG.set(noted)
     try:
         block = _with_facts(recipient.load(), message)
         with block.raise_on_failure():
@@ -150,7 +168,7 @@ def _attempt(recipient: Recipient, message: Message, results: dict[str, str | No
             if isinstance(sent, Coroutine):  # of a block that only knows how to in a loop
                 asyncio.run(sent)
     except Exception as error:  # noqa: BLE001 - a block of any kind raises anything
-        results[recipient.name] = _reason(error)
+        results[recipient.name] = classify(error, "\n".join(noted))
     else:
         results[recipient.name] = None
 
@@ -175,32 +193,47 @@ def apprise_query(pairs: Iterable[tuple[str, str]]) -> str:
     )
 
 
-def _reason(error: Exception) -> str:
-    """Say why a block failed without a word of the library's."""
+def classify(error: Exception, debug: str = "") -> Failure:
+    """Say how and why a block failed without a word of the library's; `debug` is Apprise's log."""
     if isinstance(error, httpx.HTTPStatusError):
-        return f"it answered {error.response.status_code}"
-    if isinstance(error, httpx.TimeoutException):
-        return "it did not answer in time"
+        return _answered(error.response.status_code)
+    if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+        return Failure("unreachable", "it could not be reached")
     if isinstance(error, httpx.TransportError):
-        return "no connection could be made"
+        return Failure("late", "it did not answer")
     if isinstance(error, NotificationError):
-        status = re.search(r"error=(\d{3})\b", str(error.log))
-        refused = "it refused, did not answer in time, or could not be reached"
-        return f"it answered {status[1]}" if status else refused
-    return f"it failed with {type(error).__name__}"
+        return _classify_log(str(error.log), debug)
+    return Failure("refused", f"it failed with {type(error).__name__}")
+
+
+def _classify_log(log: str, debug: str) -> Failure:
+    # What a mail server answers Apprise calls an error of the connection too: (552, b'too long').
+    if status := re.search(r"error=(\d{3})\b", log) or re.search(r"\((5\d\d), b['\"]", debug):
+        return _answered(int(status[1]))
+    if re.search("Read timed out|Connection aborted|Connection unexpectedly closed", debug):
+        return Failure("late", "it did not answer")
+    if "onnection error" in log:
+        return Failure("unreachable", "it could not be reached")
+    return Failure("refused", "it refused the message")
+
+
+def _answered(status: int) -> Failure:
+    return Failure("unreachable" if status in _BUSY else "refused", f"it answered {status}")
 
 
 class Outbox:
     """Messages on their way: each is sent once to each recipient, and again to those that failed.
 
-    A recipient that fails gets no other message in this pass, so that a hanging one costs one time
-    limit a pass, however many messages there are.
+    Every message is recorded, taken or not. A recipient that is late or cannot be reached gets no
+    other message in this pass, so that a hanging one costs one time limit a pass, however many
+    messages there are; one that refuses a message gets the others.
     """
 
-    def __init__(self, recipients: Sequence[Recipient], store: Store) -> None:
+    def __init__(self, recipients: Sequence[Recipient], store: Store, now: datetime) -> None:
         self._recipients = {recipient.name: recipient for recipient in recipients}
-        self._failed = set[str]()
+        self._blocked = set[str]()
         self._store = store
+        self._now = now
         self._entries = {entry.name: entry for entry in store.entries(FOLDER)}
         self._logger = get_run_logger()
 
@@ -209,62 +242,74 @@ class Outbox:
         """The keys of all messages that were sent."""
         return {name.removeprefix(FOLDER).removesuffix(".json") for name in self._entries}
 
-    def retry(self) -> None:
-        """Send what recipients owe from earlier passes."""
-        oldest = datetime.now(UTC) - _RETRY
+    def retry(self, since: datetime) -> None:
+        """Send what recipients owe from earlier passes; `since` is the time of the last one.
+
+        What nobody took is for everybody, also for a recipient that was added for that reason.
+        """
         for entry in self._entries.values():
-            if entry.modified < oldest:
-                continue
-            delivery = Delivery.model_validate_json(self._store.get(entry.name))
-            owed = [name for name in delivery.owed if name in self._recipients]
-            if owed and delivery.sent > oldest:
-                self._deliver(delivery.message, owed, delivery)
+            if entry.modified > since - KEPT:
+                delivery = Delivery.model_validate_json(self._store.get(entry.name))
+                if not delivery.taken:
+                    everybody = dict.fromkeys([*delivery.owed, *self._recipients])
+                    owed = [name for name in everybody if name not in delivery.given_up]
+                    delivery = delivery.model_copy(update={"owed": owed})
+                self._deliver(delivery)
 
     def send(self, messages: Iterable[Message]) -> list[Message]:
         """Send the messages that were not sent before; return those that somebody took."""
-        known = self.keys
+        known, everybody = self.keys, list(self._recipients)
         return [
             message
             for message in messages
-            if message.key not in known and self._deliver(message, list(self._recipients))
+            if message.key not in known
+            and self._deliver(
+                Delivery(message=message, sent=self._now, taken=[], owed=everybody), new=True
+            )
         ]
 
-    def _deliver(
-        self, message: Message, names: Sequence[str], before: Delivery | None = None
-    ) -> bool:
-        """Send to those that did not fail in this pass, and record who took it."""
-        fit = [self._recipients[name] for name in names if name not in self._failed]
-        results = send(fit, message)
-        for name, reason in results.items():
-            if reason:
-                self._failed.add(name)
+    def _deliver(self, before: Delivery, *, new: bool = False) -> bool:
+        """Send to those whose turn it is, and record it; return whether one of them took it."""
+        names = [
+            name
+            for name in before.due(self._now)
+            if name in self._recipients and name not in self._blocked
+        ]
+        if not names and not new:
+            return False
+        results = self._send(before, names)
+        after = settle(before, results, self._now)
+        self._note(after, results)
+        name = f"{FOLDER}{before.message.key}.json"
+        self._store.put(name, after.model_dump_json(indent=1).encode())
+        return len(after.taken) > len(before.taken)
+
+    def _send(self, delivery: Delivery, names: Iterable[str]) -> dict[str, Failure | None]:
+        short = {name for name, tries in delivery.tries.items() if tries.short}
+        full = [self._recipients[name] for name in names if name not in short]
+        cut = [self._recipients[name] for name in names if name in short]
+        return send(full, delivery.message) | send(cut, shorten(delivery.message))
+
+    def _note(self, delivery: Delivery, results: Mapping[str, Failure | None]) -> None:
+        subject = delivery.message.subject
+        for name, failure in results.items():
+            if failure:
+                self._blocked |= {name} if failure.blocks else set()
+                then = "given up" if name in delivery.given_up else "tried again"
                 self._logger.warning(
-                    "block %s did not take %r: %s; it is tried again at the next look",
-                    name,
-                    message.subject,
-                    reason,
+                    "block %s did not take %r: %s; it is %s", name, subject, failure, then
                 )
-        taken = [name for name, reason in results.items() if reason is None]
-        if taken:
-            self._logger.info("%s was sent to %s", message.subject, ", ".join(taken))
-            everybody = [*(before.taken if before else []), *taken]
-            record = Delivery(
-                message=message,
-                sent=before.sent if before else datetime.now(UTC),
-                taken=everybody,
-                owed=[name for name in names if name not in taken],
-            )
-            name = f"{FOLDER}{message.key}.json"
-            self._store.put(name, record.model_dump_json(indent=1).encode())
-        return bool(taken)
+        if taken := [name for name, failure in results.items() if failure is None]:
+            self._logger.info("%s was sent to %s", subject, ", ".join(taken))
 
 
 @step
 def notify_people(store: str) -> list[str]:
     """Send what happened and what is wrong to every recipient; return the subjects sent.
 
-    A recipient that fails is logged and tried again at the next look; it fails nothing.
+    A recipient that fails is logged and tried again at a later look; it fails nothing.
     """
+    place = Store(store)
     with get_client(sync_client=True) as prefect:
         now, recipients = server_time(prefect), find_recipients(prefect)
         if not recipients:
@@ -275,50 +320,31 @@ def notify_people(store: str) -> list[str]:
             )
             return []
         keep_rules(prefect, known_to_server(recipients))
-        outbox = Outbox(recipients, Store(store))
-        situation = look(prefect, Store(store), _since(recipients, now), outbox.keys, now)
-    outbox.retry()
-    return [message.subject for message in outbox.send(compose(situation))]
-
-
-@step
-def notify_of_histories(store: str) -> list[str]:
-    """Once a day, verify the history of every model and send what is broken; return the subjects.
-
-    By itself, because it needs MLflow, which may be away.
-    """
-    place, now = Store(store), datetime.now(UTC)
-    if place.has(_VERIFIED) and now - place.modified(_VERIFIED) < timedelta(days=1):
-        return []
-    with get_client(sync_client=True) as prefect:
-        recipients = find_recipients(prefect)
-    if not recipients:
-        return []
-    situation = Situation(now=now, broken=find_broken_histories(place))
-    sent = Outbox(recipients, place).send(compose(situation))
-    place.put(_VERIFIED, b"{}")
+        last, outbox = read_last_look(place), Outbox(recipients, place, now)
+        first = min(recipient.created for recipient in recipients)
+        situation = look(prefect, place, begin(now, last, first), outbox.keys, now)
+    outbox.retry(min(now, last or now))
+    sent = outbox.send(compose(situation))
+    place.put(_LAST_LOOK, LastLook(looked=now).model_dump_json().encode())
     return [message.subject for message in sent]
 
 
-def find_broken_histories(store: Store) -> dict[str, str]:
-    """Return what is wrong with the history of each model that has one in the store."""
-    broken = dict[str, str]()
-    for model in sorted({name.split("/")[1] for name in store.names("models/")}):
-        try:
-            _, _, problems = verify_history(model, store)
-        except Refused as refusal:
-            problems = [f"it has a history, but {refusal}"]
-        if problems:
-            broken[model] = "; ".join(problems)
-    return broken
+def read_last_look(store: Store) -> datetime | None:
+    """Return when people were last told of all that had happened; None if they never were."""
+    try:
+        return LastLook.model_validate_json(store.get(_LAST_LOOK)).looked
+    except FileNotFoundError:
+        return None
 
 
-def _since(recipients: Sequence[Recipient], now: datetime) -> datetime:
-    """Return from when on runs are told of: 48 hours ago, or when the first block was made.
+def begin(now: datetime, last: datetime | None, first: datetime) -> datetime:
+    """Return from when on runs are told of: the last look, and 48 hours at least.
 
-    So the first look at a system with a long past sends no flood.
+    Not before the `first` block was made, so that the first look at a system with a long past sends
+    no flood.
     """
-    return max(now - _RETRY, min(recipient.created for recipient in recipients))
+    since = now - _LOOK_BACK
+    return max(min(since, last - _OVERLAP) if last else since, first)
 
 
 def known_to_server(recipients: Iterable[Recipient]) -> list[UUID]:

@@ -6,7 +6,7 @@ it stays. Here such a run is made due again; what it had done lies in S3 and MLf
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -30,19 +30,20 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
 from prefect.states import AwaitingRetry, Cancelled, Crashed
 
+from tasks.runs.states import GIVEN_UP, since_end, since_running
 from tasks.runs.turn import TAG
 from tasks.services.clock import server_time
+from tasks.services.lock import exclusive
 from tasks.services.step import step
 
 RESUMES = 3
 """How often a run is resumed after a death."""
-GIVEN_UP = "Given up"
-"""Name of the state, of type CRASHED, in which a run stays after that."""
 
 _RESUMED = "Resumed after"
 _PENDING = timedelta(minutes=10)
-_SETTLED = timedelta(seconds=10)
-"""A death is reported more than once, by engine and worker; a report must not meet the resume."""
+_SETTLED = timedelta(seconds=25)
+"""A death is reported more than once, by engine and worker; a report must not meet the resume. And
+an attempt that lives, which looks every ten seconds, has said so by then."""
 _LAST_WORD = timedelta(minutes=1)
 _FRESH = timedelta(days=1)
 """An older death is a person's business: the next run of the schedule did its work."""
@@ -73,11 +74,11 @@ def judge_run(run: FlowRun, past: Sequence[State], now: datetime) -> Remedy:
 
 
 def _judge_death(run: FlowRun, state: State, past: Sequence[State], *, settled: bool) -> Remedy:
-    if any(earlier.is_cancelling() for earlier in _since_running(past)):
+    if any(earlier.is_cancelling() for earlier in since_running(past)):
         return Remedy(run, "cancel", "It was cancelled, and its process ended for that.")
     if not settled:
         return Remedy(run, "wait", "")
-    resumes = sum(str(earlier.message).startswith(_RESUMED) for earlier in past)
+    resumes = sum(str(earlier.message).startswith(_RESUMED) for earlier in since_end(past))
     if resumes >= RESUMES:
         why = f"It died {resumes + 1} times and was resumed {RESUMES} times. {state.message}"
         return Remedy(run, "give up", why)
@@ -93,13 +94,16 @@ def recover_runs() -> list[str]:
         while any(remedy.act == "wait" for remedy in remedies):
             time.sleep(1)
             remedies = _judge_all(prefect)
-        for remedy in remedies:
-            with suppress(ObjectNotFound):  # somebody deleted the run since
-                _apply(prefect, remedy)
+        if any(remedy.act != "nothing" for remedy in remedies):
+            with exclusive("runs", "recover"):  # every death starts a watch: one of them acts
+                remedies = _judge_all(prefect)
+                for remedy in remedies:
+                    with suppress(ObjectNotFound):  # somebody deleted the run since
+                        _apply(prefect, remedy)
         _end_left_behind(prefect)
         if any(remedy.act == "crash" for remedy in remedies):
             get_run_logger().info("what was ended is resumed at the next look")
-    done = [r for r in remedies if r.act != "nothing"]
+    done = [r for r in remedies if r.act not in {"nothing", "wait"}]
     sentences = [f"{r.act} {r.run.name}: {r.why}" for r in done]
     for sentence in sentences:
         get_run_logger().warning(sentence)
@@ -121,7 +125,10 @@ def _judge_all(prefect: SyncPrefectClient) -> list[Remedy]:
 
 def _apply(prefect: SyncPrefectClient, remedy: Remedy) -> None:
     states: dict[Act, State] = {
-        "resume": AwaitingRetry(message=remedy.why),
+        # By the server's clock: by that of a machine which is ahead it would be due tomorrow.
+        "resume": AwaitingRetry(
+            scheduled_time=server_time(prefect) - _LAST_WORD, message=remedy.why
+        ),
         "give up": Crashed(name=GIVEN_UP, message=remedy.why),
         "cancel": Cancelled(message=remedy.why),
         "crash": Crashed(message=remedy.why),
@@ -161,10 +168,3 @@ def _end_task_runs(prefect: SyncPrefectClient, runs: FlowRunFilter) -> None:
         crashed: State = Crashed(message="Its process died.")
         with suppress(ObjectNotFound):  # somebody deleted it since
             prefect.set_task_run_state(task_run.id, crashed, force=True)
-
-
-def _since_running(past: Iterable[State]) -> list[State]:
-    """Return the states after the last time that a run began or went on."""
-    ordered = sorted(past, key=lambda state: state.timestamp)
-    begun = [place for place, state in enumerate(ordered) if state.is_running()]
-    return ordered[begun[-1] :] if begun else ordered

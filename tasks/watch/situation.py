@@ -32,6 +32,7 @@ from tasks.records import RunSummary, Verdict
 from tasks.runs.turn import OVERTAKEN, TAG
 from tasks.services.s3 import StorageRefused, Store
 from tasks.watch.messages import (
+    DROUGHT,
     NEWS,
     EndedRun,
     IdleSchedule,
@@ -48,6 +49,10 @@ Parameters = dict[UUID | None, dict[str, object]]
 _PAGE = 200
 """The most that the server returns at once."""
 _TRAININGS_SINCE = timedelta(days=30)
+_GRACE = timedelta(days=1)
+_GAPS_AHEAD = timedelta(days=400)
+_NEVER = timedelta(days=3 * 366)
+"""A schedule whose next date is further away counts as one that has ended."""
 _SCHEDULED_AHEAD = timedelta(days=90)
 """The server makes the runs of a hundred days; a schedule may be due less often."""
 _SETTLE_SECONDS = 15.0
@@ -64,14 +69,28 @@ class Subject:
     store: str
 
 
+@dataclass(frozen=True)
+class Due:
+    """What the schedules of a data set promise."""
+
+    since: datetime
+    """When the first of them was made."""
+    limit: timedelta
+    """How long the data set may be without a training."""
+
+
 def look(
     prefect: SyncPrefectClient, store: Store, since: datetime, sent: set[str], now: datetime
 ) -> Situation:
     """Return what happened since a time, and how things are; `sent` are keys of messages."""
     deployments = _read_deployments(prefect)
     runs = _read_ended(prefect, since)
-    attempts = _read_trainings(prefect, now)
     parameters: Parameters = {each.id: _defaults(each) for each in deployments}
+    flows = _name_flows(prefect, deployments)
+    due = _find_due(deployments, flows, now)
+    attempts = take_trainings(
+        _read_trainings(prefect, now), parameters, due, since=now - _TRAININGS_SINCE
+    )
     subjects = {
         subject
         for given in [
@@ -80,7 +99,7 @@ def look(
         ]
         if (subject := _subject(given))
     }
-    flows = _name_flows(prefect, [*runs, *deployments])
+    flows |= _name_flows(prefect, [run for run in runs if run.flow_id not in flows])
     ended = [_ended(run, flows[run.flow_id], parameters.get(run.deployment_id, {})) for run in runs]
     return Situation(
         now=now,
@@ -90,32 +109,36 @@ def look(
             if (key := key_of(run, now)) and key not in sent
         ),
         refused=tuple(_read_refused(subjects, store.address, since, last_batches(sent))),
-        trainings=tuple(_describe_trainings(deployments, attempts, parameters, flows)),
+        trainings=tuple(describe_trainings(attempts, parameters, due)),
         idle=_find_idle(prefect, flows, now),
     )
 
 
-def _pages(read: Callable[[int], Sequence[T]]) -> list[T]:
-    """Read all pages of an answer; `read` takes the offset."""
-    found: list[T] = []
-    while page := read(len(found)):
-        found += page
+def _pages(read: Callable[[int], Sequence[T]]) -> Iterator[T]:
+    """Yield what an answer holds, page by page as it is needed; `read` takes the offset."""
+    offset = 0
+    while page := read(offset):
+        yield from page
+        offset += len(page)
         if len(page) < _PAGE:
             break
-    return found
 
 
 def _read_deployments(prefect: SyncPrefectClient) -> list[DeploymentResponse]:
     ours = DeploymentFilter(tags=DeploymentFilterTags(all_=[TAG]))
-    return _pages(
-        lambda offset: prefect.read_deployments(deployment_filter=ours, limit=_PAGE, offset=offset)
+    return list(
+        _pages(
+            lambda offset: prefect.read_deployments(
+                deployment_filter=ours, limit=_PAGE, offset=offset
+            )
+        )
     )
 
 
 def _read_runs(
     prefect: SyncPrefectClient, flow: str | None = None, **criteria: object
-) -> list[FlowRun]:
-    """Return the runs of ours that meet the criteria, the newest first."""
+) -> Iterator[FlowRun]:
+    """Yield the runs of ours that meet the criteria, the newest first."""
     wanted = FlowRunFilter.model_validate({"tags": FlowRunFilterTags(all_=[TAG]), **criteria})
     named = FlowFilter(name=FlowFilterName(any_=[flow])) if flow else None
     return _pages(
@@ -143,9 +166,9 @@ def _read_ended(prefect: SyncPrefectClient, since: datetime) -> list[FlowRun]:
     ]
 
 
-def _read_trainings(prefect: SyncPrefectClient, now: datetime) -> list[FlowRun]:
-    lately = FlowRunFilterExpectedStartTime(after_=now - _TRAININGS_SINCE, before_=now)
-    return _read_runs(prefect, "train", expected_start_time=lately)
+def _read_trainings(prefect: SyncPrefectClient, now: datetime) -> Iterator[FlowRun]:
+    due = FlowRunFilterExpectedStartTime(before_=now)
+    return _read_runs(prefect, "train", expected_start_time=due)
 
 
 def _name_flows(
@@ -230,34 +253,66 @@ def _read_refused(
                     yield verdict
 
 
-def _describe_trainings(
-    deployments: Iterable[DeploymentResponse],
-    attempts: Iterable[FlowRun],
-    parameters: Parameters,
-    flows: Mapping[UUID, str],
-) -> Iterator[Training]:
-    """Return how training goes on each data set that has a schedule, or had runs lately."""
-    due = dict[str, datetime]()
+def _find_due(
+    deployments: Iterable[DeploymentResponse], flows: Mapping[UUID, str], now: datetime
+) -> dict[str, Due]:
+    """Return what the active schedules of training promise for each data set."""
+    due = dict[str, Due]()
     for deployment in deployments:
         for schedule in _active(deployment) if flows[deployment.flow_id] == "train" else []:
             dataset = str({**_defaults(deployment), **schedule.parameters}.get("dataset"))
-            made = schedule.created or datetime.now(UTC)
-            due[dataset] = min(made, due.get(dataset, made))
+            made, limit = schedule.created or now, max(DROUGHT, longest_gap(schedule, now) + _GRACE)
+            other = due.get(dataset, Due(made, limit))
+            due[dataset] = Due(min(made, other.since), min(limit, other.limit))
+    return due
+
+
+def take_trainings(
+    runs: Iterable[FlowRun], parameters: Parameters, due: Mapping[str, Due], *, since: datetime
+) -> list[FlowRun]:
+    """Take the runs since a time, and then back to where each data set was trained on well.
+
+    `runs` come newest first, and are read no further than that. Data sets count that are `due`, or
+    had a run since.
+    """
+    taken, known, trained = list[FlowRun](), set(due), set[str]()
+    for run in runs:
+        recent = (run.expected_start_time or since) >= since
+        if not recent and known <= trained:
+            break
+        dataset = _dataset(run, parameters)
+        if recent:
+            known.add(dataset)
+        if dataset in known:
+            taken.append(run)
+            trained |= {dataset} if _ended_well(run) else set()
+    return taken
+
+
+def describe_trainings(
+    attempts: Iterable[FlowRun], parameters: Parameters, due: Mapping[str, Due]
+) -> Iterator[Training]:
+    """Return how training goes on each data set that has a schedule, or had runs lately."""
     of_dataset = {dataset: list[FlowRun]() for dataset in due}
     for run in attempts:
-        given = {**parameters.get(run.deployment_id, {}), **run.parameters}
-        of_dataset.setdefault(str(given.get("dataset")), []).append(run)
+        of_dataset.setdefault(_dataset(run, parameters), []).append(run)
     for dataset, runs in of_dataset.items():
         begun = [run.start_time or run.expected_start_time for run in runs]
         dates = [date for date in begun if date]
         well = [run.end_time for run in runs if _ended_well(run) and run.end_time]
+        promise = due.get(dataset)
         yield Training(
             dataset=dataset,
-            scheduled=dataset in due,
-            since=min([*dates, *([due[dataset]] if dataset in due else [])]),
+            scheduled=promise is not None,
+            since=min([*dates, *([promise.since] if promise else [])]),
             attempted=max(dates, default=None),
             succeeded=max(well, default=None),
+            limit=promise.limit if promise else DROUGHT,
         )
+
+
+def _dataset(run: FlowRun, parameters: Parameters) -> str:
+    return str({**parameters.get(run.deployment_id, {}), **run.parameters}.get("dataset"))
 
 
 def _ended_well(run: FlowRun) -> bool:
@@ -299,10 +354,29 @@ def _look_for_idle(
 
 def _is_due(schedule: DeploymentSchedule, now: datetime) -> bool:
     """Tell whether a schedule has a date within the time for which the server makes runs."""
+    return _next_date(schedule, now, now + _SCHEDULED_AHEAD) is not None
+
+
+def longest_gap(schedule: DeploymentSchedule, now: datetime) -> timedelta:
+    """Return the longest time between two dates of a schedule in the coming year.
+
+    To within a day, where it has several dates on one day.
+    """
+    longest, at = timedelta(), now
+    while at < now + _GAPS_AHEAD:
+        following = _next_date(schedule, at, now + _NEVER)
+        if following is None:
+            break
+        longest = max(longest, following - at)
+        # From a date on, itself excluded; where dates are dense, by days: a year may have 100,000.
+        at = max(following + timedelta(microseconds=1), at + timedelta(days=1))
+    return longest
+
+
+def _next_date(schedule: DeploymentSchedule, start: datetime, end: datetime) -> datetime | None:
     from prefect.server.schemas import schedules
 
     kind = getattr(schedules, type(schedule.schedule).__name__)
-    dates = kind.model_validate(schedule.schedule.model_dump()).get_dates(
-        1, start=now, end=now + _SCHEDULED_AHEAD
-    )
-    return bool(asyncio.run(dates))
+    dates = kind.model_validate(schedule.schedule.model_dump()).get_dates(1, start=start, end=end)
+    # Prefect's own dates give no plain timedelta.
+    return next((datetime.fromtimestamp(d.timestamp(), UTC) for d in asyncio.run(dates)), None)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deployments.deploy import Merge, deploy, merge, set_automations
+from deployments.deploy import Merge, Record, _merge_settings, deploy, merge, set_automations
 from deployments.due import Ask
 from deployments.stack import PROJECT, Stack, prefect_api
 
@@ -72,6 +72,29 @@ def schedules(ask: Ask, deployment: str) -> dict[str, Any]:
     return {each["slug"]: each for each in found}
 
 
+EDITS: dict[str, Any] = {
+    "description": "",
+    "tags": ["mnist-retraining", "ours"],
+    "job_variables": {"env": {"TOKEN": "{{ prefect.blocks.secret.token }}"}},
+    "work_pool_name": "local",
+    "work_queue_name": "fast",
+    "concurrency_limit": 2,
+    "concurrency_options": {"collision_strategy": "CANCEL_NEW"},
+    "enforce_parameter_schema": False,
+}
+"""Settings of a deployment as Prefect's API takes them, with a secret that does not exist."""
+
+
+def found_edits(ask: Ask) -> dict[str, Any]:
+    """Return what train/weekly has of what EDITS changes."""
+    found = ask("GET", "/deployments/name/train/weekly", None)
+    limit = found["global_concurrency_limit"]
+    found["concurrency_limit"] = limit and limit["limit"]
+    if options := found["concurrency_options"]:
+        found["concurrency_options"] = {"collision_strategy": options["collision_strategy"]}
+    return {name: found[name] for name in EDITS}
+
+
 def edit_in_the_ui(ask: Ask) -> None:
     """Do what a person may do there: edit, switch, pause, add and remove."""
     training = ask("GET", "/deployments/name/train/weekly", None)
@@ -81,7 +104,7 @@ def edit_in_the_ui(ask: Ask) -> None:
     ask("PATCH", monday, {"slug": "weekly", "schedule": rule, "active": False})
     own = {"slug": "letters", "schedule": rule, "parameters": {"dataset": "letters"}}
     ask("POST", f"{path}/schedules", [own])
-    ask("PATCH", path, {"paused": True})
+    ask("PATCH", path, {"paused": True, **EDITS})
     retention = ask("GET", "/deployments/name/retain/weekly", None)
     gone = retention["schedules"][0]["id"]
     ask("DELETE", f"/deployments/{retention['id']}/schedules/{gone}", None)
@@ -102,8 +125,8 @@ def edit_in_the_ui(ask: Ask) -> None:
 def test_what_a_person_changed_in_the_ui_stays_and_is_told_until_a_reset(
     stack: Stack, ask: Ask
 ) -> None:
+    before, said = found_edits(ask), list[str]()
     edit_in_the_ui(ask)
-    said = list[str]()
     set_automations(ask, stack, say=said.append)
     deploy(ask, stack, YAML, say=said.append)
 
@@ -112,6 +135,7 @@ def test_what_a_person_changed_in_the_ui_stays_and_is_told_until_a_reset(
     assert not theirs["weekly"]["active"]
     assert theirs["letters"]["parameters"] == {"dataset": "letters"}
     assert ask("GET", "/deployments/name/train/weekly", None)["paused"]
+    assert found_edits(ask) == EDITS
     assert schedules(ask, "retain/weekly") == {}
     switched = automation(ask, "train-on-accepted-batches")
     assert switched
@@ -125,6 +149,17 @@ def test_what_a_person_changed_in_the_ui_stays_and_is_told_until_a_reset(
         (
             "retain/weekly: the schedule `weekly` is removed on the server, "
             "'0 6 * * 1' Etc/UTC in prefect.yaml; kept"
+        ),
+        *(
+            f"train/weekly has another {setting} on the server than in prefect.yaml; kept"
+            for setting in (
+                "check of parameters",
+                "concurrency limit",
+                "description",
+                "set of job variables",
+                "set of tags",
+                "work pool or queue",
+            )
         ),
         "train/weekly is paused on the server; kept",
         (
@@ -143,6 +178,8 @@ def test_what_a_person_changed_in_the_ui_stays_and_is_told_until_a_reset(
     assert schedules(ask, "train/weekly")["weekly"]["schedule"]["cron"] == "0 3 * * 1"
     assert schedules(ask, "train/weekly")["weekly"]["active"]
     assert not ask("GET", "/deployments/name/train/weekly", None)["paused"]
+    assert found_edits(ask) == before
+    assert "train/weekly: its set of tags is now as in prefect.yaml" in said
     assert schedules(ask, "retain/weekly").keys() == {"weekly"}
     assert automation(ask, "ingest-after-arrivals")
     assert "letters" in schedules(ask, "train/weekly")  # the file says nothing of it
@@ -157,15 +194,49 @@ def test_a_newer_file_is_deployed_where_nobody_changed_anything(
     )
     training["schedules"][0]["cron"] = "0 4 * * 1"
     training["schedules"].append({"slug": "also", "cron": "0 4 * * 4", "timezone": "Etc/UTC"})
+    training["description"] = "Newer."
+    training["work_pool"]["job_variables"]["env"]["NEWER"] = "1"  # of all: it is one anchor
+    path = f"/deployments/{ask('GET', '/deployments/name/train/weekly', None)['id']}"
+    ask("PATCH", path, {"tags": ["mnist-retraining", "ours"]})
     newer, said = tmp_path / "prefect.yaml", list[str]()
     newer.write_text(yaml.safe_dump(file))
     deploy(ask, stack, newer, say=said.append)
     theirs = schedules(ask, "train/weekly")
     assert theirs["weekly"]["schedule"]["cron"] == "0 4 * * 1"
     assert theirs["also"]["active"]
-    assert said == ["train/weekly: the schedule `weekly` is now '0 4 * * 1' Etc/UTC"]
+    assert found_edits(ask)["description"] == "Newer."
+    assert found_edits(ask)["job_variables"]["env"]["NEWER"] == "1"
+    assert found_edits(ask)["tags"] == ["mnist-retraining", "ours"]
+    assert [sentence for sentence in said if sentence.startswith("train/weekly")] == [
+        "train/weekly has another set of tags on the server than in prefect.yaml; kept",
+        "train/weekly: its description is now as in prefect.yaml",
+        "train/weekly: its set of job variables is now as in prefect.yaml",
+        "train/weekly: the schedule `weekly` is now '0 4 * * 1' Etc/UTC",
+    ]
     deploy(ask, stack, YAML, say=said.append)
     assert "also" not in schedules(ask, "train/weekly")
+
+
+def test_settings_that_an_older_version_did_not_record_are_the_files() -> None:
+    """It deployed the file's every time: what differs is the file, which is newer."""
+    entry = {"name": "weekly", "entrypoint": "flows.train.train", "description": NEW}
+    present = {
+        "paused": True,
+        "parameters": {},
+        "description": OLD,
+        "tags": [],
+        "job_variables": {},
+        "enforce_parameter_schema": True,
+        "work_pool_name": None,  # it was removed
+        "work_queue_name": None,
+        "global_concurrency_limit": None,
+        "concurrency_options": None,
+    }
+    settings = {"paused": False, "parameters": {}}
+    older = Record(deployments={"flows.train.train/weekly": {"settings": settings}})
+    for record in (older, Record()):
+        changes = _merge_settings(entry, present, record, reset=False)
+        assert changes == Merge(write={"description": NEW}, kept={"paused": True})
 
 
 def test_a_deployment_that_was_cut_short_loses_no_edit(

@@ -11,6 +11,7 @@ import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.server.schemas.schedules import CronSchedule
 
+from deployments.deploy import deploy
 from deployments.due import Due, Unscheduled, read_due, wait_for_runs
 from deployments.schedule import (
     check_dataset,
@@ -22,6 +23,8 @@ from deployments.schedule import (
 from deployments.services import StackError
 from deployments.stack import PROJECT, Stack, prefect_api
 from deployments.tour import begin, sample_parts
+
+YAML = PROJECT / "deployments" / "prefect.yaml"
 
 CHANGES = [
     ("Europe/Berlin", date(2027, 3, 28)),
@@ -45,7 +48,7 @@ def test_the_day_on_which_the_clocks_change_has_one_run(
 
 
 def test_the_schedules_of_prefect_yaml_run_once_when_the_clocks_change_anywhere() -> None:
-    file = yaml.safe_load((PROJECT / "deployments" / "prefect.yaml").read_text())
+    file = yaml.safe_load(YAML.read_text())
     for entry in (s for d in file["deployments"] for s in d.get("schedules", [])):
         if not entry["cron"].startswith("*/"):
             for zone in ("Europe/Berlin", "America/New_York", "Africa/Cairo", "Pacific/Auckland"):
@@ -59,10 +62,19 @@ def test_two_times_that_the_change_makes_one_are_warned_of_with_the_date() -> No
     assert "1 instead of 2 runs" in warnings[0]
 
 
-@pytest.mark.parametrize("cron", ["61 3 * * *", "every monday", "0 3 * *", "R 3 * * *", "; ls"])
+MALFORMED = ["61 3 * * *", "every monday", "0 3 * *", "R 3 * * *", "; ls", "@weekly 3", "@never"]
+QUARTZ = ["0 0 3 * * 1", "0 3 * * 1 */5", "0 0 3 ? * 1 2027"]
+"""Crons with seconds or years, which no two programs read alike."""
+
+
+@pytest.mark.parametrize("cron", MALFORMED + QUARTZ)
 def test_a_malformed_cron_is_refused_with_an_example(cron: str) -> None:
     with pytest.raises(StackError, match=r"is no cron expression; expected .* '0 3 \* \* 1'"):
         read_rule(cron, None)
+
+
+def test_a_word_for_a_rule_is_taken() -> None:
+    assert read_rule("@weekly", None).cron == "@weekly"
 
 
 def test_a_date_that_never_comes_is_refused() -> None:
@@ -151,6 +163,27 @@ def test_a_data_set_gets_its_own_week_which_is_replaced_and_removed(
         assert "week-of-its-own" not in [due.slug for due in read_due(ask)]
     with pytest.raises(StackError, match="has no schedule of the data set week-of-its-own"):
         remove_schedule(prefect, "week-of-its-own")
+
+
+def test_a_data_set_that_a_schedule_trains_already_gets_no_second_week(
+    stack: Stack, prefect: SyncPrefectClient
+) -> None:
+    """`weekly` trains mnist, by the default of the flow."""
+    try:
+        set_schedule(prefect, "mnist", read_rule("0 5 * * 2", None))
+        with prefect_api(stack) as ask:
+            (due,) = (due for due in read_due(ask) if due.deployment == "train/weekly")
+            assert (due.slug, due.dataset, due.rule["cron"]) == ("weekly", "mnist", "0 5 * * 2")
+            said = list[str]()
+            deploy(ask, stack, YAML, say=said.append)
+            (due,) = (due for due in read_due(ask) if due.deployment == "train/weekly")
+            assert due.rule["cron"] == "0 5 * * 2"
+            assert "'0 5 * * 2' Etc/UTC with {'dataset': 'mnist'} on the server" in said[0]
+            remove_schedule(prefect, "mnist")
+            assert "train/weekly" not in [due.deployment for due in read_due(ask)]
+    finally:
+        with prefect_api(stack) as ask:
+            deploy(ask, stack, YAML, reset=True, say=print)
 
 
 def test_a_schedule_of_prefect_yaml_is_no_data_sets(

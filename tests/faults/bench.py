@@ -20,6 +20,7 @@ from deployments.stack import PROJECT, Ports, Stack, environment, start, stop
 from tests.faults.plant import Plants
 from tests.faults.proxy import HOST, Kind, Mode, Proxy
 from tests.inbox import Inbox, open_inbox
+from tests.reaper import reaped
 
 PATIENCE_SECONDS = 120
 """How long tasks wait for a service; an outage of the table lasts some seconds."""
@@ -147,6 +148,7 @@ def opened(root: Path) -> Iterator[Bench]:
         "RETRAINING_PATIENCE_SECONDS": str(PATIENCE_SECONDS),
     }
     with (
+        reaped(root),
         temporary_variables(direct | hooks),
         temporary_settings({PREFECT_API_URL: direct["PREFECT_API_URL"]}),
         open_inbox() as inbox,

@@ -49,9 +49,9 @@ from tasks.datasets.ledger import (
 from tasks.datasets.snapshots import read_split
 from tasks.registry.history import read_history, trace
 from tasks.registry.versions import read_model, read_versions
+from tasks.runs.states import GIVEN_UP
 from tasks.runs.turn import TAG
 from tasks.services.s3 import DEFAULT_STORE, StorageUnreachable, Store
-from tasks.watch.recovery import GIVEN_UP
 from tests.faults.bench import SERVICES, Bench
 from tests.faults.plan import (
     GOOD_PARTS,

@@ -16,11 +16,11 @@ from expectations.image_table import image_table
 from mnist_cnn.digits import Digits
 from mnist_cnn.promotion import PromotionPolicy
 from mnist_cnn.training import TrainingConfig
-from tasks import promote as registry
 from tasks.arrivals.batch_files import write_parquet
 from tasks.datasets.ledger import settle, write_base, write_verdict
 from tasks.datasets.snapshots import extend_snapshot, write_shards, write_snapshot
 from tasks.records import ModelVersion, Snapshot, ValidatedSnapshot, Verdict
+from tasks.registry.aliases import move_champion
 from tasks.registry.history import Account
 from tasks.registry.versions import CHALLENGER, describe
 from tasks.services.s3 import DEFAULT_STORE, Store
@@ -154,7 +154,7 @@ def adopt(snapshot: Snapshot, template: Template, verdicts: Iterable[str]) -> li
             )
         )
         if verdict == "promote":
-            registry._move_champion("promote", version, champion, _ACCOUNT, store)
+            move_champion("promote", version, champion, _ACCOUNT, store)
             champion = version
         else:
             client.set_registered_model_alias(name, CHALLENGER, version.version)

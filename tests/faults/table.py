@@ -9,6 +9,7 @@ the right one. The exit code is 1 if a pair does not.
 """
 
 import argparse
+import os
 import random
 import re
 import shutil
@@ -18,16 +19,18 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from statistics import median
+from types import FrameType
 from typing import Literal, NamedTuple
 from uuid import UUID
 
 from prefect.client.schemas.objects import FlowRun, State
 
-from tasks.watch.recovery import GIVEN_UP
+from tasks.runs.states import GIVEN_UP
 from tests.faults.bench import Bench, opened
 from tests.faults.plant import Blow, Strike, Struck
 from tests.faults.prepare import Template, train_template
@@ -116,8 +119,8 @@ def choose_pairs(seed: int, part: int | None) -> list[Pair]:
 
 def run_pairs(root: Path, pairs: Sequence[Pair]) -> list[Outcome]:
     """Run pairs one after another on a stack of their own, and print each as it ends."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # in a process of its own
-    with opened(root) as bench:
+    os.setpgrp()  # a process of its own, beyond a terminal's Ctrl-C: what began it passes that on
+    with stopped_by(signal.SIGTERM), opened(root) as bench:
         _quiet_automations(bench)
         template, outcomes = train_template(bench), list[Outcome]()
         for number, pair in enumerate(pairs):
@@ -249,21 +252,46 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     )
 
 
+@contextmanager
+def stopped_by(*signals: signal.Signals) -> Iterator[None]:
+    """Raise KeyboardInterrupt at the first of these signals; the next do not cut clean-up short."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        for number in signals:
+            signal.signal(number, _ignore)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _ignore(_number: int, _frame: FrameType | None) -> None:
+    """Do nothing; unlike SIG_IGN, what is started meanwhile does not inherit it."""
+
+
 def main() -> int:
-    """Return 0 only if every pair passes."""
+    """Return 0 only if every pair passes, and 130 if it was stopped."""
     parser = argparse.ArgumentParser(description="Plant every fault at every stage.")
     parser.add_argument("--seed", type=int, default=0, help="chooses requests, and the part")
     parser.add_argument("--part", type=int, help="how many pairs; all if it is not given")
     parser.add_argument("--only", default="", help="only pairs that this pattern finds")
     parser.add_argument("--jobs", type=int, default=1, help="stacks that work side by side")
     words = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what ends us ends our servers
     pairs = [
         pair
         for pair in choose_pairs(words.seed, words.part)
         if re.search(words.only, f"{pair.fault} at {pair.stage}")
     ]
-    outcomes = list(_run_side_by_side(pairs, max(1, words.jobs)))
+    try:
+        with stopped_by(signal.SIGTERM, signal.SIGINT):
+            outcomes = list(_run_side_by_side(pairs, max(1, words.jobs)))
+    except KeyboardInterrupt:
+        print("\nStopped, and with it every stack that it had started.")
+        return 130
     print(f"\n{summary(outcomes)}")
     return 0 if all(outcome.passed for outcome in outcomes) else 1
 
@@ -273,8 +301,14 @@ def _run_side_by_side(pairs: Sequence[Pair], jobs: int) -> Iterator[Outcome]:
     slices = [pairs[number::jobs] for number in range(jobs)]
     roots = [folder / str(number) for number in range(jobs)]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        for outcomes in pool.map(run_pairs, roots, slices):
-            yield from outcomes
+        try:
+            for outcomes in pool.map(run_pairs, roots, slices):
+                yield from outcomes
+        except BaseException:
+            # The pool waits for them, and they for nothing but the end of their pairs.
+            for process in active_children():
+                process.terminate()
+            raise
     shutil.rmtree(folder)
 
 

@@ -72,7 +72,7 @@ def test_a_policy_with_a_hole_is_found_open_and_still_nothing_stays(champion: No
 def test_without_a_champion_there_is_nothing_to_check(
     stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tasks.promote.find_champion", lambda _: None)
+    monkeypatch.setattr("flows.gate_check.find_champion", lambda _: None)
     state = check_gates("digits", store=PLACE, return_state=True)
     assert state.name == "No champion"
     assert "run train/weekly" in state.message

@@ -88,7 +88,7 @@ def test_bad_data_at_the_beginning_is_no_beginning(
 ) -> None:
     place, (train, test) = f"{PLACE}-bad", embedded_sample()
     bad = Digits(255 - train.images, train.labels)
-    monkeypatch.setattr("tasks.snapshot.embedded_sample", lambda: (bad, test))
+    monkeypatch.setattr("tasks.datasets.base.embedded_sample", lambda: (bad, test))
     state = ingest("digits", store=place, return_state=True)
     assert state.is_failed()
     assert state.name == "Data rejected"

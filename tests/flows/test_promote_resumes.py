@@ -23,7 +23,7 @@ import sys
 from uuid import UUID
 from mlflow import MlflowClient
 from flows import promote
-from tasks.storage import Store
+from tasks.services.s3 import Store
 from tests.flows.runs import execute
 from tests.tasks.kill import kill_before_each_write
 
@@ -127,6 +127,23 @@ def test_a_rollback_that_is_resumed_goes_to_the_version_that_was_previous_when_i
     MlflowClient().set_registered_model_alias(name, "previous", "2")
     monkeypatch.setattr("flows.promote.try_version", lambda *_: 0.99)
     assert retry(promote.roll_back, run).name == "Rolled back"
+    assert MlflowClient().get_registered_model(name).aliases == ROLLED_BACK
+
+
+def test_a_rollback_that_begins_after_the_champion_has_moved_asks_which_version_was_meant(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when its first attempt died before it had looked, and the person typed it again."""
+    name = f"test-{uuid4().hex[:8]}-cnn"
+    two_champions(name)
+    monkeypatch.setattr("flows.promote.try_version", lambda *_: 0.99)
+    run = create_run(promote.roll_back, model=name, **ADA)
+    assert promote.roll_back(model=name, return_state=True, **ADA).name == "Rolled back"
+    state = execute(promote.roll_back, run)
+    assert (state.name, "after this rollback was asked for" in str(state.message)) == (
+        "Refused",
+        True,
+    )
     assert MlflowClient().get_registered_model(name).aliases == ROLLED_BACK
 
 

@@ -245,7 +245,7 @@ def test_bad_data_ends_the_run_before_training_and_changes_no_champion(
     damage: Callable[[Digits], Digits],
 ) -> None:
     train_split, test = embedded_sample()
-    monkeypatch.setattr("tasks.snapshot.embedded_sample", lambda: (damage(train_split), test))
+    monkeypatch.setattr("tasks.datasets.base.embedded_sample", lambda: (damage(train_split), test))
     monkeypatch.setattr("flows.train.train_model", lambda *_: pytest.fail("it trained"))
     before = find_champion.fn("digits-cnn")
     place = f"{DEFAULT_STORE}/{damage.__name__}"  # where the data set has not begun

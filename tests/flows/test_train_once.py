@@ -29,7 +29,7 @@ from uuid import UUID
 from mlflow import MlflowClient
 from flows.train import train
 from tasks import decide
-from tasks.storage import Store
+from tasks.services.s3 import Store
 from tests.flows.runs import execute, retry
 from tests.flows.test_train_once import better
 

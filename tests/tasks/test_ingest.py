@@ -347,8 +347,8 @@ from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
 from prefect.logging import disable_run_logger
 from tasks.ingest import find_arrivals, ingest_batch
-from tasks.ledger import read_base
-from tasks.storage import Store
+from tasks.datasets.ledger import read_base
+from tasks.services.s3 import Store
 from tests.tasks.kill import kill_before_each_write
 from expectations import suites, validation  # what a fork should not import again
 import pandas, great_expectations, pyarrow.parquet

@@ -3,6 +3,7 @@
 import subprocess
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
@@ -150,6 +151,16 @@ def test_what_any_try_will_meet_is_refused_at_once(
     with pytest.raises(RegistryError, match="correct what MLflow refuses") as told, asking("a tag"):
         raise error
     assert not isinstance(told.value, ConnectionError)
+
+
+def test_a_password_in_the_address_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in the sentence nor in what is logged with it."""
+    address = "https://anna:s3cret@host"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    with pytest.raises(RegistryUnreachable) as told, asking("a tag"):
+        raise MlflowException(f"API request to {address}/api failed")
+    assert "at https://host (API request to https://host/api failed)" in str(told.value)
+    assert "s3cret" not in "".join(traceback.format_exception(told.value))
 
 
 def test_a_model_is_not_called_unusable_because_mlflow_is_away(

@@ -124,6 +124,19 @@ def test_a_decision_made_anew_replaces_the_former_on_the_same_version(name: str)
     assert (tags["verdict"], tags["compared_with"]) == ("keep", champion.model)
 
 
+def test_a_candidate_that_is_judged_anew_and_kept_can_no_longer_be_approved(name: str) -> None:
+    champion = make_champion(name)
+    candidate = make_candidate(name)
+    waiting = register(candidate, "needs-approval", champion)
+    set_challenger.fn(waiting)
+    other = make_champion(name, replaces=champion)
+    assert register(candidate, "keep", other) == waiting
+    assert "challenger" not in aliases(name)
+    MlflowClient().set_registered_model_alias(name, "challenger", waiting.version)
+    with pytest.raises(Refused, match="was judged 'keep', which nobody may approve"):
+        approve(waiting)
+
+
 def test_a_promotion_moves_champion_and_previous_and_a_repeat_changes_nothing(name: str) -> None:
     first = make_champion(name)
     assert aliases(name) == {"champion": "1"}
@@ -312,9 +325,9 @@ CHAMPION_MOVES = 4
 KILLED = """
 import os, sys
 from mlflow import MlflowClient
-from tasks.history import Account
-from tasks.registry import approve_challenger
-from tasks.storage import Store
+from tasks.registry.history import Account
+from tasks.promote import approve_challenger
+from tasks.services.s3 import Store
 from tests.tasks.kill import kill_before_each_write
 
 def approve(name):

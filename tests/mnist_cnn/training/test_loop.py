@@ -178,8 +178,8 @@ def test_killed_and_run_again_equals_uninterrupted(
     program = f"""
 import os, signal
 from pathlib import Path
-from mnist_cnn.checkpoint import LocalCheckpoints
-from mnist_cnn.digits import embedded_sample
+from mnist_cnn.training.checkpoint import LocalCheckpoints
+from mnist_cnn.sample import embedded_sample
 from mnist_cnn.training import TrainingConfig, train
 import torch
 torch.set_num_threads({torch.get_num_threads()})
@@ -327,7 +327,7 @@ def test_lack_of_memory_halves_the_micro_batch_and_is_said(
         batch_size=1024, micro_batch=1024, epochs=4, min_steps=0, precision="fp32"
     )
     plenty = train(digits, config, "cpu")
-    monkeypatch.setattr("mnist_cnn.model.DigitCNN", _Hungry)
+    monkeypatch.setattr("mnist_cnn.training.learner.DigitCNN", _Hungry)
     scarce = train(digits, config, "cpu")
     assert (plenty.micro_batch, scarce.micro_batch) == (1024, 256)
     assert "no memory for 1024 images at a time; going on with 512" in scarce.warnings[0]
@@ -352,7 +352,7 @@ def test_lack_of_memory_for_the_smallest_piece_is_an_error(
     digits: Digits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_Hungry, "room", 10)
-    monkeypatch.setattr("mnist_cnn.model.DigitCNN", _Hungry)
+    monkeypatch.setattr("mnist_cnn.training.learner.DigitCNN", _Hungry)
     with pytest.raises(MemoryError, match="no memory for 64 images at a time, and fewer would"):
         train(digits, SMALL, "cpu")
 
@@ -544,7 +544,7 @@ def test_training_imports_no_compiler() -> None:
     """torch._dynamo costs more than a second, most of a quick training."""
     program = """
 import sys
-from mnist_cnn.digits import embedded_sample
+from mnist_cnn.sample import embedded_sample
 from mnist_cnn.training import TrainingConfig, train
 train(embedded_sample()[0], TrainingConfig(batch_size=64, epochs=1, min_steps=0), "cpu")
 for heavy in ("torch._dynamo", "torchvision", "matplotlib", "safetensors"):

@@ -8,10 +8,11 @@ import pytest
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, State
-from prefect.states import Running, Scheduled
+from prefect.states import Crashed, Running, Scheduled
 
 from deployments.stack import Stack
 from tasks.runs import turn
+from tasks.runs.states import GIVEN_UP
 from tasks.services.clock import read_date, server_time
 from tasks.services.s3 import Store
 
@@ -59,11 +60,13 @@ def test_the_rivals_of_a_run_are_the_same_by_a_wrong_clock(
     rivals = [
         create(prefect, deployment, Running()),
         create(prefect, deployment, Scheduled(scheduled_time=now - HOUR)),
+        create(prefect, deployment, Crashed()),  # it will be resumed
     ]
+    create(prefect, deployment, Crashed(name=GIVEN_UP))
     create(prefect, deployment, Scheduled(scheduled_time=now + HOUR))  # the next one's time
     run = create(prefect, deployment, Running())
-    found = turn._active(prefect, deployment)
-    assert {each.id for each in found} == {run.id, *(rival.id for rival in rivals)}
+    found = turn._find_contenders(prefect, deployment)
+    assert {each.run.id for each in found} == {run.id, *(rival.id for rival in rivals)}
 
 
 def test_the_time_is_that_of_the_server(

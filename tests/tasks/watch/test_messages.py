@@ -4,16 +4,18 @@ from typing import Any
 import pytest
 
 from tasks.records import RunSummary, Verdict
+from tasks.runs.states import GIVEN_UP
 from tasks.watch.messages import (
     EndedRun,
     IdleSchedule,
     Situation,
     Training,
+    UnreadHistory,
     compose,
     key_of_batches,
     last_batches,
+    shorten,
 )
-from tasks.watch.recovery import GIVEN_UP
 
 NOW = datetime(2026, 11, 23, 3, 30, tzinfo=UTC)
 FORM = "https://prefect.example/deployments/deployment/7/run?parameters=%7B%7D"
@@ -235,6 +237,17 @@ def test_a_drought_says_since_when() -> None:
     assert "began: 2026-11-21 03:30 UTC" in message.body
 
 
+def test_a_drought_of_a_sparse_schedule_is_told_after_its_own_limit_and_once_for_each() -> None:
+    def keys(day: float) -> list[str]:
+        each = training(succeeded=31, attempted=31)
+        each = Training(**{**vars(each), "limit": timedelta(days=32)})
+        return [m.key for m in compose(Situation(now=NOW + timedelta(days=day), trainings=(each,)))]
+
+    assert keys(0.9) == []
+    assert len(keys(1.1)) == 1
+    assert keys(1.1) == keys(32.9) != keys(33.1)
+
+
 @pytest.mark.parametrize(("minutes", "told"), [(9, 0), (11, 1)])
 def test_an_active_schedule_without_a_run_is_a_fault_unless_it_is_new(
     minutes: float, told: int
@@ -252,6 +265,42 @@ def test_a_broken_history_is_one_fault_however_it_was_found() -> None:
     worse = compose(Situation(now=NOW, broken={"mnist-cnn": "moves 2 and 3 are missing"}))
     assert by_hand[0].key == daily[0].key != worse[0].key
     assert daily[0].subject == "History broken: mnist-cnn"
+
+
+@pytest.mark.parametrize(("days", "told"), [(0.9, 0), (1.1, 1)])
+def test_a_history_that_cannot_be_read_for_more_than_a_day_is_told(days: float, told: int) -> None:
+    unread = UnreadHistory("mnist-cnn", NOW - timedelta(days=days), "MLflow does not answer")
+    messages = compose(Situation(now=NOW, unread=(unread,)))
+    assert [m.subject for m in messages] == ["History not verified for 1 day: mnist-cnn"] * told
+    assert [m.body for m in messages] == ["MLflow does not answer"] * told
+
+
+def test_histories_that_cannot_be_read_are_one_message_as_long_as_it_lasts() -> None:
+    def key(day: int) -> str:
+        unread = tuple(
+            UnreadHistory(f"{name}-cnn", NOW - timedelta(days=2), "MLflow does not answer")
+            for name in ("digits", "mnist")
+        )
+        (message,) = compose(Situation(now=NOW + timedelta(days=day), unread=unread))
+        assert message.subject.endswith("digits-cnn, mnist-cnn")
+        return message.key
+
+    assert key(0) == key(5)
+
+
+def test_the_short_form_is_the_subject_and_one_link() -> None:
+    failed = run("Failed", "FAILED", reason="x" * 5000, dataset="d" * 300)
+    (message,) = compose(Situation(now=NOW, runs=(failed,)))
+    short = shorten(message)
+    assert (short.key, short.severity) == (message.key, message.severity)
+    assert short.body == "https://prefect.example/runs/flow-run/b3c1"
+    assert len(short.subject) <= 140
+    assert "link_prefect_run" not in short.facts
+
+
+def test_the_short_form_of_a_message_without_a_link_is_the_beginning_of_its_text() -> None:
+    (message,) = compose(Situation(now=NOW, broken={"mnist-cnn": "move 2 is missing " * 100}))
+    assert len(shorten(message).body) <= 140
 
 
 def test_nothing_happened_and_nothing_is_wrong() -> None:

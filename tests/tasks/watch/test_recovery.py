@@ -1,22 +1,25 @@
 """What is done about runs that died, and who may go on with a run."""
 
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from datetime import UTC, datetime, timedelta
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import pytest
 from prefect import flow, task
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, State, StateType, TaskRun
+from prefect.logging import disable_run_logger
 from prefect.states import Completed, Crashed, Running
 
 from deployments.stack import Stack
 from tasks.runs.attempt import judge_attempt
-from tasks.runs.turn import TAG, judge_turn
+from tasks.runs.states import GIVEN_UP
+from tasks.runs.turn import TAG
 from tasks.watch import recovery
-from tasks.watch.recovery import GIVEN_UP, judge_run
+from tasks.watch.recovery import judge_run
 
 NOW = datetime(2026, 11, 25, 3, tzinfo=UTC)
-DEFAULTS = {"dataset": "mnist", "store": "s3://a"}
 
 
 def state(kind: str, name: str = "", age: float = 60, message: str = "") -> State:
@@ -48,8 +51,14 @@ def test_a_run_that_died_is_resumed_three_times_and_then_given_up() -> None:
     assert why.startswith("It died 4 times and was resumed 3 times.")
 
 
+def test_deaths_count_from_when_a_person_repeated_the_run() -> None:
+    given_up = state("CRASHED", GIVEN_UP, 500)
+    repeated = state("RUNNING", age=400)
+    assert died(*RESUMED, given_up, repeated)[1].startswith("Resumed after death 1 of at most 3.")
+
+
 def test_a_death_is_let_settle_before_the_resume() -> None:
-    assert died(state("RUNNING", age=100), age=5)[0] == "wait"
+    assert died(state("RUNNING", age=100), age=20)[0] == "wait"
 
 
 def test_a_run_that_was_given_up_or_died_long_ago_stays_as_it_is() -> None:
@@ -99,69 +108,6 @@ def test_an_attempt_goes_on_only_while_the_run_is_its_own(
     assert judge_attempt(run, 1, NOW) == order
 
 
-def run_of(number: int, *, started: float | None, due: float, **given: object) -> FlowRun:
-    """Return a run that was due and began so many seconds after NOW."""
-    return FlowRun(
-        id=UUID(int=number),
-        flow_id=UUID(int=0),
-        state=state("SCHEDULED" if started is None else "RUNNING"),
-        start_time=None if started is None else NOW + timedelta(seconds=started),
-        expected_start_time=NOW + timedelta(seconds=due),
-        run_count=0 if started is None else 1,
-        **{"auto_scheduled": True, "parameters": {}, **given},
-    )
-
-
-def test_the_first_goes_and_a_later_one_waits() -> None:
-    first, second = run_of(1, started=0, due=0), run_of(2, started=5, due=5)
-    assert judge_turn(second, [first, second], DEFAULTS) == "wait"
-    begun = first.model_copy(update={"auto_scheduled": False})
-    assert judge_turn(begun, [first, second], DEFAULTS) == "go"
-
-
-def test_runs_that_start_at_the_same_moment_go_one_after_another() -> None:
-    runs = [run_of(n, started=0, due=0, auto_scheduled=False) for n in (1, 2, 3)]
-    assert [judge_turn(run, runs, DEFAULTS) for run in runs].count("go") == 1
-
-
-def test_after_weeks_of_downtime_the_newest_goes_and_the_others_are_overtaken() -> None:
-    weeks = [run_of(n, started=n / 10, due=n * 604_800) for n in (1, 2, 3)]
-    turns = [judge_turn(run, weeks, DEFAULTS) for run in weeks]
-    assert turns == ["overtaken", "overtaken", "wait"]
-    assert judge_turn(weeks[2], [weeks[2]], DEFAULTS) == "go"
-
-
-def test_of_those_that_wait_only_the_newest_stays() -> None:
-    going = run_of(1, started=0, due=0, auto_scheduled=False)
-    waiting = run_of(2, started=5, due=5, auto_scheduled=False)
-    newer = run_of(3, started=None, due=6, auto_scheduled=False)
-    assert judge_turn(waiting, [going, waiting, newer], DEFAULTS) == "overtaken"
-
-
-def test_data_sets_do_not_wait_for_each_other() -> None:
-    going = run_of(1, started=0, due=0)
-    other = run_of(2, started=5, due=5, parameters={"dataset": "letters"})
-    assert judge_turn(other, [going, other], DEFAULTS) == "go"
-
-
-def test_a_run_of_other_parameters_overtakes_nothing() -> None:
-    plain, forced = run_of(1, started=0, due=0), run_of(2, started=1, due=1)
-    forced = forced.model_copy(update={"parameters": {"force": True}})
-    assert judge_turn(plain, [plain, forced], DEFAULTS) == "go"
-
-
-def test_a_default_that_an_event_wrote_out_is_no_other_parameter() -> None:
-    plain = run_of(1, started=0, due=0)
-    spelled = run_of(2, started=1, due=1, parameters={"dataset": "mnist", "quiet_minutes": 10})
-    assert judge_turn(plain, [plain, spelled], DEFAULTS) == "overtaken"
-
-
-def test_a_run_that_was_begun_before_is_not_overtaken() -> None:
-    resumed = run_of(1, started=0, due=0).model_copy(update={"run_count": 2})
-    newer = run_of(2, started=5, due=5)
-    assert judge_turn(resumed, [resumed, newer], DEFAULTS) == "go"
-
-
 @flow
 def dying() -> None:
     """Stand for a flow whose process dies."""
@@ -195,3 +141,18 @@ def test_what_a_dead_process_was_at_is_shown_as_crashed_once_its_run_is_resumed_
         recovery._end_left_behind(prefect)
         states = [prefect.read_task_run(each.id).state for each in (at_death, at_end, foreign)]
     assert [each and each.name for each in states] == ["Crashed", "Crashed", "Running"]
+
+
+def test_however_many_watches_see_a_death_the_run_is_resumed_once(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A death starts a watch, as its other reports do, and the schedule's may look as well."""
+    monkeypatch.setattr(recovery, "_SETTLED", timedelta(0))
+    with get_client(sync_client=True) as prefect:
+        died, _ = leave_task_run(prefect, TAG, Crashed())
+        with disable_run_logger(), ThreadPoolExecutor(4) as watches:
+            look = recovery.recover_runs.fn
+            for seen in [watches.submit(copy_context().run, look) for _ in range(4)]:
+                seen.result()
+        states = prefect.read_flow_run_states(died.id)
+    assert [str(state.message).startswith("Resumed after") for state in states].count(True) == 1

@@ -1,0 +1,138 @@
+"""Verify the history of every model once a day, and tell people what is broken.
+
+    STORE/watch/histories-verified.json    when each was verified, and since when one is unreadable
+
+By itself, because it needs MLflow, which may be away: that fails nothing here.
+"""
+
+from collections.abc import Iterable, Mapping
+from datetime import datetime, timedelta
+
+from prefect import get_run_logger
+from prefect.client.orchestration import get_client
+from pydantic import BaseModel
+
+from tasks.registry.aliases import verify_history
+from tasks.registry.versions import Refused, RegistryError, RegistryUnreachable
+from tasks.services.clock import server_time
+from tasks.services.lock import Busy
+from tasks.services.s3 import Store
+from tasks.services.step import step
+from tasks.watch.messages import Situation, UnreadHistory, compose
+from tasks.watch.notifications import Outbox, find_recipients
+
+_RECORD = "watch/histories-verified.json"
+_EVERY = timedelta(days=1)
+_AGAIN = timedelta(hours=1)
+"""After a failure: MLflow's client itself waits for minutes where the server is away."""
+
+
+class Check(BaseModel, frozen=True):
+    """When the history of a model was read last, or could not be."""
+
+    tried: datetime
+    unread_since: datetime | None = None
+    reason: str = ""
+
+    def is_due(self, now: datetime) -> bool:
+        """Whether it is time to read it again."""
+        return now - self.tried >= (_AGAIN if self.unread_since else _EVERY)
+
+
+class Checks(BaseModel, frozen=True):
+    """The checks of all models by their names."""
+
+    format: int = 1
+    models: dict[str, Check] = {}
+
+
+@step
+def notify_of_histories(store: str) -> list[str]:
+    """Verify the histories that are due, send what is broken; return the subjects and what failed.
+
+    A history that cannot be read is logged and tried again an hour later; after a day people are
+    told.
+    """
+    place = Store(store)
+    checks = _read_checks(place)
+    with get_client(sync_client=True) as prefect:
+        now, recipients = server_time(prefect), find_recipients(prefect)
+    models = find_models(place)
+    due = [model for model in models if _is_due(checks.models.get(model), now)]
+    if not recipients or not due:
+        return []
+    broken, failed = verify_histories(place, due)
+    checks = note_checks(checks, due, failed, now)
+    unread = [each for each in find_unread(checks) if each.model in models]
+    situation = Situation(now=now, broken=broken, unread=tuple(unread))
+    sent = Outbox(recipients, place, now).send(compose(situation))
+    place.put(_RECORD, checks.model_dump_json(indent=1).encode())
+    for model, reason in failed.items():
+        get_run_logger().warning(
+            "the history of %s was not verified, and is tried again in an hour: %s", model, reason
+        )
+    sentences = [f"the history of {model} was not verified" for model in failed]
+    return [*(message.subject for message in sent), *sentences]
+
+
+def find_models(store: Store) -> list[str]:
+    """Return the models that have a history in the store."""
+    return sorted(store.folders("models/"))
+
+
+def verify_histories(store: Store, models: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Return what is wrong with the history of each model, and why others could not be read.
+
+    A registry that is away is asked once: its client waits for minutes each time.
+    """
+    broken, unread, away = dict[str, str](), dict[str, str](), ""
+    for model in models:
+        if away:
+            unread[model] = away
+            continue
+        try:
+            _, _, problems = verify_history(model, store)
+        except Refused as refusal:
+            problems = [f"it has a history, but {refusal}"]
+        except (RegistryError, Busy) as error:
+            unread[model] = str(error)
+            away = str(error) if isinstance(error, RegistryUnreachable) else ""
+            continue
+        if problems:
+            broken[model] = "; ".join(problems)
+    return broken, unread
+
+
+def note_checks(
+    before: Checks, tried: Iterable[str], failed: Mapping[str, str], now: datetime
+) -> Checks:
+    """Return the checks after some models were tried; one that fails keeps when it began to."""
+    known = dict(before.models)
+    for model in tried:
+        since = known[model].unread_since if model in known else None
+        known[model] = (
+            Check(tried=now, unread_since=since or now, reason=failed[model])
+            if model in failed
+            else Check(tried=now)
+        )
+    return Checks(models=known)
+
+
+def find_unread(checks: Checks) -> list[UnreadHistory]:
+    """Return the histories that could not be read when they were tried last."""
+    return [
+        UnreadHistory(model, check.unread_since, check.reason)
+        for model, check in sorted(checks.models.items())
+        if check.unread_since
+    ]
+
+
+def _is_due(check: Check | None, now: datetime) -> bool:
+    return check is None or check.is_due(now)
+
+
+def _read_checks(store: Store) -> Checks:
+    try:
+        return Checks.model_validate_json(store.get(_RECORD))
+    except FileNotFoundError:
+        return Checks()

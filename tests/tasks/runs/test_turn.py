@@ -1,0 +1,127 @@
+from contextlib import nullcontext
+from datetime import UTC, datetime, timedelta
+from uuid import UUID
+
+import pytest
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.states import Completed
+
+from tasks.runs.states import GIVEN_UP, began, since_end
+from tasks.runs.turn import Contender, in_turn, judge_turn
+
+NOW = datetime(2026, 11, 2, 3, tzinfo=UTC)
+DEFAULTS = {"dataset": "mnist", "store": "s3://a"}
+
+
+def run_of(number: int, *, started: float | None, due: float, **given: object) -> Contender:
+    """Return a run that was due and began so many seconds after NOW."""
+    began = None if started is None else NOW + timedelta(seconds=started)
+    run = FlowRun(
+        id=UUID(int=number),
+        flow_id=UUID(int=0),
+        state=State(type=StateType.SCHEDULED if began is None else StateType.RUNNING),
+        start_time=began,
+        expected_start_time=NOW + timedelta(seconds=due),
+        **{
+            "run_count": 0 if started is None else 1,
+            "auto_scheduled": True,
+            "parameters": {},
+            **given,
+        },
+    )
+    return Contender(run, began)
+
+
+def test_the_first_goes_and_a_later_one_waits() -> None:
+    first, second = run_of(1, started=0, due=0), run_of(2, started=5, due=5)
+    assert judge_turn(second, [first, second], DEFAULTS) == "wait"
+    begun = run_of(1, started=0, due=0, auto_scheduled=False)
+    assert judge_turn(begun, [first, second], DEFAULTS) == "go"
+
+
+def test_runs_that_start_at_the_same_moment_go_one_after_another() -> None:
+    runs = [run_of(n, started=0, due=0, auto_scheduled=False) for n in (1, 2, 3)]
+    assert [judge_turn(run, runs, DEFAULTS) for run in runs].count("go") == 1
+
+
+def test_after_weeks_of_downtime_the_newest_goes_and_the_others_are_overtaken() -> None:
+    weeks = [run_of(n, started=n / 10, due=n * 604_800) for n in (1, 2, 3)]
+    turns = [judge_turn(run, weeks, DEFAULTS) for run in weeks]
+    assert turns == ["overtaken", "overtaken", "wait"]
+    assert judge_turn(weeks[2], [weeks[2]], DEFAULTS) == "go"
+
+
+def test_of_those_that_wait_only_the_newest_stays() -> None:
+    going = run_of(1, started=0, due=0, auto_scheduled=False)
+    waiting = run_of(2, started=5, due=5, auto_scheduled=False)
+    newer = run_of(3, started=None, due=6, auto_scheduled=False)
+    assert judge_turn(waiting, [going, waiting, newer], DEFAULTS) == "overtaken"
+
+
+def test_data_sets_do_not_wait_for_each_other() -> None:
+    going = run_of(1, started=0, due=0)
+    other = run_of(2, started=5, due=5, parameters={"dataset": "letters"})
+    assert judge_turn(other, [going, other], DEFAULTS) == "go"
+
+
+def test_the_default_data_set_of_one_run_is_not_that_of_another() -> None:
+    letters = {"dataset": "letters"}
+    weekly, theirs = run_of(1, started=0, due=0), run_of(2, started=1, due=0, parameters=letters)
+    assert judge_turn(theirs, [weekly, theirs], DEFAULTS) == "go"
+    assert judge_turn(weekly, [weekly, theirs], DEFAULTS) == "go"
+
+
+def test_a_run_that_died_and_will_be_resumed_keeps_its_turn() -> None:
+    dead = run_of(1, started=0, due=0, auto_scheduled=False)
+    assert dead.run.state is not None
+    dead.run.state.type = StateType.CRASHED
+    waiting = run_of(2, started=5, due=5, auto_scheduled=False)
+    assert judge_turn(waiting, [dead, waiting], DEFAULTS) == "wait"
+    resumed = run_of(1, started=0, due=0, auto_scheduled=False, run_count=2)
+    assert judge_turn(resumed, [resumed, waiting], DEFAULTS) == "go"
+    assert judge_turn(waiting, [resumed, waiting], DEFAULTS) == "wait"
+
+
+def test_a_run_of_other_parameters_overtakes_nothing() -> None:
+    plain = run_of(1, started=0, due=0)
+    forced = run_of(2, started=1, due=1, parameters={"force": True})
+    assert judge_turn(plain, [plain, forced], DEFAULTS) == "go"
+
+
+def test_a_default_that_an_event_wrote_out_is_no_other_parameter() -> None:
+    plain = run_of(1, started=0, due=0)
+    spelled = run_of(2, started=1, due=1, parameters={"dataset": "mnist", "quiet_minutes": 10})
+    assert judge_turn(plain, [plain, spelled], DEFAULTS) == "overtaken"
+
+
+def test_a_run_that_was_begun_before_is_not_overtaken() -> None:
+    resumed = run_of(1, started=0, due=0, run_count=2)
+    newer = run_of(2, started=5, due=5)
+    assert judge_turn(resumed, [resumed, newer], DEFAULTS) == "go"
+
+
+def test_a_run_that_a_person_repeats_begins_anew_and_one_that_is_resumed_does_not() -> None:
+    def state(kind: str, seconds: float, name: str | None = None) -> State:
+        when = NOW + timedelta(seconds=seconds)
+        return State(type=StateType[kind], name=name, timestamp=when)
+
+    first, died = state("RUNNING", 0), state("CRASHED", 1)
+    resumed, failed, repeated = state("RUNNING", 2), state("FAILED", 3), state("RUNNING", 4)
+    assert began([died, resumed, first]) == NOW
+    assert began([first, died, resumed, failed]) is None
+    assert began([first, died, resumed, failed, repeated]) == repeated.timestamp
+    assert since_end([first, state("CRASHED", 1, GIVEN_UP), repeated]) == [repeated]
+
+
+def test_a_flow_takes_its_turn_with_its_own_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not with what this run was given: other runs left out the default, not that."""
+    seen = []
+    monkeypatch.setattr("tasks.runs.turn.take_turn", seen.append)
+    monkeypatch.setattr("tasks.runs.turn.attempt", nullcontext)
+
+    @in_turn
+    def flow(dataset: str = "mnist", store: str = "s3://a") -> State[object]:
+        return Completed(message=dataset)
+
+    assert flow("letters", store="s3://b").message == "letters"
+    assert seen == [DEFAULTS]
