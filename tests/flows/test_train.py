@@ -184,7 +184,7 @@ def test_a_second_run_that_is_forced_sends_no_data_again_and_ends_by_rule(
 def test_a_second_run_waits_until_the_first_has_ended(first_run: FlowRun) -> None:
     active = trigger("--param", "dataset=digits", "--param", "force=true")
     with get_client(sync_client=True) as prefect:
-        while not prefect.read_flow_run(active.id).start_time:  # else either may be the first
+        while not prefect.read_flow_run(active).start_time:  # else either may be the first
             time.sleep(0.2)
     second = wait_for(trigger("--param", "dataset=digits"))
     assert second.state
