@@ -13,11 +13,11 @@ from prefect.utilities.urls import url_for
 
 from deployments.stack import PROJECT, Stack, start
 from deployments.watch import (
-    say_verdict,
-    speaking_to_prefect,
+    connect_to_prefect,
+    errors_as_sentences,
+    print_verdict,
     stages,
     title,
-    told_plainly,
     trigger,
     watch,
 )
@@ -31,13 +31,13 @@ def main() -> int:
     parser.add_argument("--start", action="store_true", help="start the local stack first")
     parser.add_argument("--param", action="append", default=[], help="NAME=VALUE, for the flow")
     words = parser.parse_args()
-    return told_plainly(lambda: _retrain(words.param, start_stack=words.start))
+    return errors_as_sentences(lambda: _retrain(words.param, start_stack=words.start))
 
 
 def _retrain(params: list[str], *, start_stack: bool) -> int:
     if start_stack:
         start(Stack.configured(), deploy=PROJECT / "deployments" / "prefect.yaml")
-    with speaking_to_prefect(local=start_stack) as prefect:
+    with connect_to_prefect(local=start_stack) as prefect:
         run = watch(prefect, trigger(prefect, "train/weekly", params))
         _show(prefect, run)
     if start_stack:
@@ -47,7 +47,7 @@ def _retrain(params: list[str], *, start_stack: bool) -> int:
 
 def _show(prefect: SyncPrefectClient, run: FlowRun) -> None:
     """Print verdict, figures, seconds per stage and addresses."""
-    say_verdict(run)
+    print_verdict(run)
     for stage in stages(prefect, run):
         if stage.start_time:
             print(f"  {title(stage):<20} {stage.total_run_time.total_seconds():6.1f} s")

@@ -10,7 +10,7 @@ from prefect.events import Event, Resource
 from pydantic import TypeAdapter
 
 from deployments.stack import StackError
-from deployments.watch import speaking_to_prefect
+from deployments.watch import connect_to_prefect
 from tasks.arrivals.batch_files import MARKER, BadBatch, check_names
 from tasks.datasets.ledger import incoming_folder
 from tasks.services.s3 import Store, default_store
@@ -28,7 +28,7 @@ def main() -> int:
         parser.error("two of the files have one name; expected names that differ")
     try:
         files = {path.name: path.read_bytes() for path in words.files}
-        with speaking_to_prefect() as prefect:
+        with connect_to_prefect() as prefect:
             where = drop(words.dataset, words.batch, files)
             announce(prefect, words.dataset, words.batch)
     except (BadBatch, OSError, StackError) as error:

@@ -34,7 +34,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from pydantic import SecretStr
 
 from deployments.stack import StackError
-from deployments.watch import speaking_to_prefect
+from deployments.watch import connect_to_prefect
 from tasks.watch.alarms import keep_rules
 from tasks.watch.messages import Message
 from tasks.watch.notifications import (
@@ -73,7 +73,7 @@ def main() -> int:
     ).parse_args()
     address = os.environ.get("URL", "").strip()
     try:
-        with speaking_to_prefect() as prefect:
+        with connect_to_prefect() as prefect:
             print(add(prefect, address) if address else describe(prefect))
     except (BadAddress, StackError) as error:
         print(error, file=sys.stderr)

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from deployments.due import dataset_of, table, wait_for_runs
 from deployments.services import PROJECT, StackError
-from deployments.watch import speaking_to_prefect, told_plainly
+from deployments.watch import connect_to_prefect, errors_as_sentences
 from tasks.datasets.base import BASE_ARCHIVES
 from tasks.datasets.ledger import read_base
 from tasks.services.s3 import Store, default_store
@@ -40,13 +40,13 @@ def main() -> int:
     parser.add_argument("--zone", help="a time zone, as in Europe/Berlin")
     parser.add_argument("--remove", action="store_true", help="remove the data set's schedule")
     words = parser.parse_args()
-    return told_plainly(lambda: _schedule(words))
+    return errors_as_sentences(lambda: _schedule(words))
 
 
 def _schedule(words: argparse.Namespace) -> int:
     if not words.dataset and (words.cron or words.zone or words.remove):
         raise StackError("no data set was named; expected DATASET=name with CRON, ZONE and REMOVE")
-    with speaking_to_prefect() as prefect:
+    with connect_to_prefect() as prefect:
         if words.dataset and words.remove:
             remove_schedule(prefect, words.dataset)
         elif words.dataset:
@@ -55,7 +55,7 @@ def _schedule(words: argparse.Namespace) -> int:
             set_schedule(prefect, words.dataset, rule)
             for warning in clock_change_warnings(rule):
                 print(warning)
-        print(table(wait_for_runs(partial(_ask, prefect))))
+        print(table(wait_for_runs(partial(_request, prefect))))
     return 0
 
 
@@ -128,11 +128,11 @@ def set_schedule(prefect: SyncPrefectClient, dataset: str, rule: CronSchedule) -
         "parameters": {**given, "dataset": dataset},
     }
     if found:
-        _ask(prefect, "PATCH", f"{path}/{found['id']}", content)
+        _request(prefect, "PATCH", f"{path}/{found['id']}", content)
     else:
-        _ask(prefect, "POST", path, [content])
+        _request(prefect, "POST", path, [content])
     # The server makes the runs of a deployment that was just changed at once.
-    _ask(prefect, "PATCH", f"/deployments/{training['id']}", {"paused": training["paused"]})
+    _request(prefect, "PATCH", f"/deployments/{training['id']}", {"paused": training["paused"]})
 
 
 def remove_schedule(prefect: SyncPrefectClient, dataset: str) -> None:
@@ -141,7 +141,7 @@ def remove_schedule(prefect: SyncPrefectClient, dataset: str) -> None:
     found = None if dataset in _taken() else _found(training, dataset)
     if found is None:
         raise StackError(f"{TRAINING} has no schedule of the data set {dataset}; `make schedule`")
-    _ask(prefect, "DELETE", f"/deployments/{training['id']}/schedules/{found['id']}", None)
+    _request(prefect, "DELETE", f"/deployments/{training['id']}/schedules/{found['id']}", None)
 
 
 def clock_change_warnings(rule: CronSchedule) -> list[str]:
@@ -210,7 +210,7 @@ def _file_schedules() -> list[dict[str, str]]:
 
 def _training(prefect: SyncPrefectClient) -> dict[str, Any]:
     try:
-        found = _ask(prefect, "GET", f"/deployments/name/{TRAINING}", None)
+        found = _request(prefect, "GET", f"/deployments/name/{TRAINING}", None)
     except PrefectHTTPStatusError as error:
         raise StackError(
             f"{prefect.api_url} has no deployment {TRAINING} ({error.response.status_code}); "
@@ -226,7 +226,7 @@ def _found(training: dict[str, Any], dataset: str) -> dict[str, Any] | None:
     return next(iter(own + its), None)
 
 
-def _ask(prefect: SyncPrefectClient, method: Any, path: Any, content: object) -> Any:
+def _request(prefect: SyncPrefectClient, method: Any, path: Any, content: object) -> Any:
     answer = prefect.request(method, path, json=content)
     return answer.json() if answer.content else None
 

@@ -15,7 +15,7 @@ from prefect.utilities.urls import url_for
 
 from deployments.drop import drop
 from deployments.stack import PROJECT, Stack, start
-from deployments.watch import say_verdict, speaking_to_prefect, told_plainly, trigger, watch
+from deployments.watch import connect_to_prefect, errors_as_sentences, print_verdict, trigger, watch
 from mnist_cnn.digits import Digits
 from mnist_cnn.idx import write_idx
 from mnist_cnn.promotion import PromotionPolicy
@@ -78,12 +78,12 @@ class Row:
 
 def main() -> int:
     """Return 0 only if every week ended as the story says."""
-    return told_plainly(_tour)
+    return errors_as_sentences(_tour)
 
 
 def _tour() -> int:
     start(Stack.configured(), deploy=PROJECT / "deployments" / "prefect.yaml")
-    with speaking_to_prefect(local=True) as prefect:
+    with connect_to_prefect(local=True) as prefect:
         rows, links = tell(prefect, f"tour-{datetime.now(UTC):%Y%m%d-%H%M%S}", cut())
     print(f"\n{table(rows)}\n")
     for name, address in links.items():
@@ -190,7 +190,7 @@ def table(rows: list[Row]) -> str:
 
 def _conclude(name: str, run: FlowRun, links: dict[str, str]) -> RunSummary | None:
     """Say how a run ended, and keep its links; return its summary if it wrote one."""
-    say_verdict(run)
+    print_verdict(run)
     links[f"{name}: run"] = url_for(run) or ""
     try:
         content = Store(default_store()).get(f"runs/{run.id}/summary.json")

@@ -21,7 +21,7 @@ from deployments.stack import PROJECT, Stack, StackError, environment
 from tasks.services.addresses import without_credentials
 
 
-def told_plainly(work: Callable[[], int]) -> int:
+def errors_as_sentences(work: Callable[[], int]) -> int:
     """Return the exit code of `work`; tell a fault of the stack in a sentence."""
     try:
         return work()
@@ -34,7 +34,7 @@ def told_plainly(work: Callable[[], int]) -> int:
 
 
 @contextmanager
-def speaking_to_prefect(*, local: bool = False) -> Iterator[SyncPrefectClient]:
+def connect_to_prefect(*, local: bool = False) -> Iterator[SyncPrefectClient]:
     """Speak to the server that `PREFECT_API_URL` names, else, or if `local`, to the local stack.
 
     The local stack comes whole: its MLflow and its S3 are used as well, also where the variable
@@ -120,7 +120,7 @@ def title(stage: TaskRun) -> str:
     return stage.name.rsplit("-", 1)[0].replace("_", " ")
 
 
-def say_verdict(run: FlowRun) -> None:
+def print_verdict(run: FlowRun) -> None:
     """Print the state in which the run ended, and why."""
     assert run.state
     print(f"\n{str(run.state.name).upper()}: {run.state.message}\n")

@@ -13,7 +13,7 @@ from mnist_cnn.evaluation import Evaluation
 from tasks.datasets.snapshots import read_snapshot, read_split
 from tasks.records import ModelVersion, Snapshot
 from tasks.registry.models import ModelUnusable, load_model
-from tasks.registry.versions import asking
+from tasks.registry.versions import registry_errors
 from tasks.services.s3 import Store
 from tasks.services.step import step
 
@@ -103,7 +103,7 @@ def evaluate_networks(
 
 
 @step
-@asking("the version to try")
+@registry_errors("the version to try")
 def try_version(version: ModelVersion, store: str) -> float:
     """Load a version and let it classify the test images of its own snapshot; return its accuracy.
 

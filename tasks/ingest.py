@@ -232,7 +232,7 @@ def _validate(
     import pandas as pd
 
     table, worst = image_table(raw.images, raw.labels), dict[str, list[int]]()
-    probabilities = _ask(champion, raw)
+    probabilities = _champion_view(champion, raw)
     if probabilities is not None:
         table["champion_contradicts"] = contradictions(probabilities, raw.labels)
         worst["champion_contradicts"] = worst_contradictions(probabilities, raw.labels)
@@ -254,7 +254,7 @@ def _validate(
     return table.assign(known=known), report, page
 
 
-def _ask(champion: ModelVersion | None, raw: RawBatch) -> "NDArray[np.float32] | None":
+def _champion_view(champion: ModelVersion | None, raw: RawBatch) -> "NDArray[np.float32] | None":
     """Return the champion's probabilities; None if there is none, or it takes no such images."""
     if champion is None or raw.images.shape[1:] != (SIDE, SIDE):
         return None

@@ -42,7 +42,6 @@ from tasks.registry.versions import (
     CHAMPION,
     PREVIOUS,
     Refused,
-    asking,
     demand_challenger,
     demand_same_artifacts,
     describe,
@@ -52,6 +51,7 @@ from tasks.registry.versions import (
     read_model,
     read_version,
     read_versions,
+    registry_errors,
 )
 from tasks.runs.outcome import read_record, write_record
 from tasks.services.lock import exclusive
@@ -80,7 +80,7 @@ def find_champion(name: str) -> ModelVersion | None:
 
     Any other answer is a RegistryError: a registry that cannot be read is not an empty one.
     """
-    with asking(f"the champion of {name}"):
+    with registry_errors(f"the champion of {name}"):
         return find_version(name, CHAMPION)
 
 
@@ -94,7 +94,7 @@ def find_opponents(
     promoted or judged since: then they are those that it was compared with.
     """
     name = candidate.name
-    with asking(f"the champions of {name}"):
+    with registry_errors(f"the champions of {name}"):
         versions = read_versions(name)
         registered = [v for v in versions if v.run_id == candidate.run_id]
         moves = moves_carried_out(name, versions, Store(store)) if registered else []
@@ -142,7 +142,7 @@ def register_candidate(
         tags[FINGERPRINT] = made_of.model_dump_json()
     tags["decision_record"] = decision_record  # last: a repeat takes it for all of them
     sentence = f"{decision.verdict}: {decision.reason}"
-    with asking(f"the versions of {candidate.name}"):
+    with registry_errors(f"the versions of {candidate.name}"):
         known = [v for v in read_versions(candidate.name) if v.run_id == candidate.run_id]
         if known and known[0].tags.get("decision_record") == decision_record:
             append_description(candidate.name, known[0].version, sentence)
@@ -164,7 +164,7 @@ def register_candidate(
 def link_version(version: ModelVersion, links: Mapping[str, str]) -> None:
     """Add links to the version's description, from where a browser opens them."""
     lines = "\n".join(f"- [{name}]({address})" for name, address in links.items())
-    with asking(f"the description of {version.model}"):
+    with registry_errors(f"the description of {version.model}"):
         append_description(version.name, version.version, lines)
 
 
@@ -178,7 +178,7 @@ def set_champion(
     """
     run = runtime.flow_run
     account = Account(who=f"{run.flow_name}/{runtime.deployment.name or 'by hand'}", why=why)
-    with asking(f"the aliases of {version.name}"), exclusive(version.name):
+    with registry_errors(f"the aliases of {version.name}"), exclusive(version.name):
         if was_done("promote", read_version(version.name, int(version.version)), Store(store)):
             return True
         present = find_version(version.name, CHAMPION)
@@ -196,7 +196,7 @@ def set_challenger(version: ModelVersion) -> None:
     """
     from mlflow import MlflowClient
 
-    with asking(f"the aliases of {version.name}"), exclusive(version.name):
+    with registry_errors(f"the aliases of {version.name}"), exclusive(version.name):
         moves = moves_of(read_version(version.name, int(version.version)))
         if any(move.action in {"approve", "reject"} for move in moves):
             return
@@ -206,7 +206,7 @@ def set_challenger(version: ModelVersion) -> None:
 @step
 def approve_challenger(name: str, number: int, account: Account, store: str) -> ModelVersion:
     """Make the challenger champion, if nothing has changed since it was evaluated, else Refused."""
-    with asking(f"the aliases of {name}"), exclusive(name):
+    with registry_errors(f"the aliases of {name}"), exclusive(name):
         model, version = read_model(name), read_version(name, number)
         if was_done("approve", version, Store(store)):
             return describe(version)
@@ -237,7 +237,7 @@ def approve_challenger(name: str, number: int, account: Account, store: str) -> 
 @step
 def reject_challenger(name: str, number: int, account: Account, store: str) -> ModelVersion:
     """Record that the challenger was rejected, and take its alias away; no champion moves."""
-    with asking(f"the aliases of {name}"), exclusive(name):
+    with registry_errors(f"the aliases of {name}"), exclusive(name):
         version, champion = read_version(name, number), find_version(name, CHAMPION)
         if was_done("reject", version, Store(store)):
             return describe(version)
@@ -274,7 +274,7 @@ def roll_back_champion(
     target: ModelVersion, replaces: ModelVersion | None, account: Account, store: str
 ) -> None:
     """Make `target` champion again in place of `replaces`; Refused if that is not champion now."""
-    with asking(f"the aliases of {target.name}"), exclusive(target.name):
+    with registry_errors(f"the aliases of {target.name}"), exclusive(target.name):
         if was_done("roll back", read_version(target.name, int(target.version)), Store(store)):
             return
         present = find_version(target.name, CHAMPION)
@@ -318,7 +318,7 @@ def _demand_no_move_since_asked(name: str, store: str) -> None:
     """Refuse to take `previous` for what a person meant before it became another version."""
     with get_client(sync_client=True) as prefect:
         asked = prefect.read_flow_run(UUID(str(runtime.flow_run.id))).created
-    with asking(f"the versions of {name}"):
+    with registry_errors(f"the versions of {name}"):
         moves = moves_carried_out(name, read_versions(name), Store(store))
     later = [move for move in moves if move.action != "reject" and asked and move.when > asked]
     if later:
@@ -334,7 +334,7 @@ def _begun_rollback(name: str) -> Rollback | None:
 
     So did the code before there were records, whose runs can still be retried.
     """
-    with asking(f"the versions of {name}"):
+    with registry_errors(f"the versions of {name}"):
         versions = {str(version.version): version for version in read_versions(name)}
     own = own_move(versions.values(), "roll back")
     if own is None:

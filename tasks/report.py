@@ -23,7 +23,7 @@ from tasks.records import (
     Snapshot,
     ValidatedSnapshot,
 )
-from tasks.registry.versions import asking
+from tasks.registry.versions import registry_errors
 from tasks.services.addresses import without_credentials
 from tasks.services.s3 import LINK_LIFE, Store
 from tasks.services.step import step
@@ -75,7 +75,7 @@ def report_skip(
 
 
 @step
-@asking("the records in the MLflow run")
+@registry_errors("the records in the MLflow run")
 def report_decision(
     validated: ValidatedSnapshot,
     candidate: Candidate,

@@ -18,7 +18,7 @@ from prefect.exceptions import ObjectNotFound
 from pydantic import BaseModel, Field
 
 from tasks.registry.history import Move
-from tasks.registry.versions import asking
+from tasks.registry.versions import registry_errors
 from tasks.services.lock import exclusive
 from tasks.services.s3 import Store
 from tasks.services.step import step
@@ -109,14 +109,14 @@ def choose_removals(
 
 
 @step
-@asking("the versions that may be removed")
+@registry_errors("the versions that may be removed")
 def plan_removals(policy: RetentionPolicy, store: str) -> list[Removal]:
     """Look at store, runs and registry, and return what the policy no longer wants."""
     return choose_removals(_ended(Store(store)), _versions(), policy, datetime.now(UTC))
 
 
 @step
-@asking("the artifacts to remove")
+@registry_errors("the artifacts to remove")
 def remove(removals: list[Removal], store: str) -> list[Removal]:
     """Remove what was planned, unless it is needed by now; return what was removed."""
     place, logger, removed = Store(store), get_run_logger(), list[Removal]()

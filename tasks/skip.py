@@ -4,7 +4,7 @@ from prefect import get_run_logger, runtime
 
 from tasks.records import ModelVersion
 from tasks.registry.fingerprint import TAG, Fingerprint
-from tasks.registry.versions import asking, moves_of, read_versions
+from tasks.registry.versions import moves_of, read_versions, registry_errors
 from tasks.services.step import step
 
 
@@ -17,7 +17,7 @@ def find_repeat(champion: ModelVersion | None, ours: Fingerprint) -> str | None:
     """
     if champion is None:
         return None
-    with asking(f"the versions of {champion.name}"):
+    with registry_errors(f"the versions of {champion.name}"):
         versions = {str(version.version): version for version in read_versions(champion.name)}
     run = str(runtime.flow_run.id)
     if any(version.tags.get("prefect.flow_run_id") == run for version in versions.values()):

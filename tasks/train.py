@@ -27,7 +27,7 @@ from mnist_cnn.digits import CLASSES, SIDE
 from mnist_cnn.training import TrainingConfig
 from tasks.datasets.snapshots import read_split
 from tasks.records import Candidate, ValidatedSnapshot
-from tasks.registry.versions import asking
+from tasks.registry.versions import registry_errors
 from tasks.services.s3 import Store
 from tasks.services.step import step
 
@@ -46,7 +46,7 @@ _SECONDS_BETWEEN_LOG_LINES = 10.0
 
 
 @step
-@asking("the MLflow run of this training")
+@registry_errors("the MLflow run of this training")
 def train_model(
     validated: ValidatedSnapshot,
     config: TrainingConfig,
@@ -81,7 +81,7 @@ def train_model(
             snapshot=snapshot.digest,
         )
     known_steps = _logged_steps(earlier)
-    show = _Shown()
+    show = _ProgressArtifact()
     with mlflow.start_run(
         earlier.info.run_id if earlier else None,
         run_name=runtime.flow_run.name,
@@ -176,7 +176,7 @@ class _Checkpoints:
         return self._store.get(self._prefix + name)
 
 
-class _Shown:
+class _ProgressArtifact:
     """What people see in the Prefect UI while training runs.
 
     A request to the server takes longer than a training step, so another thread makes it; what is

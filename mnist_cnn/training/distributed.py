@@ -87,7 +87,7 @@ def train_distributed(
         np.save(folder / "labels.npy", digits.labels)
         (folder / "config.json").write_text(config.model_dump_json())
         writer = Writer(checkpoints) if checkpoints is not None else None
-        told = _Told(folder / _TOLD, on_progress, on_epoch)
+        told = _EventLog(folder / _TOLD, on_progress, on_epoch)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
         command += ["-m", "mnist_cnn.training.distributed", scratch, place.type]
@@ -136,7 +136,7 @@ def _carry(local: LocalCheckpoints, carried: set[str], writer: Writer | None) ->
     return names
 
 
-class _Told:
+class _EventLog:
     """What the first worker has told, line by line, each epoch once."""
 
     def __init__(
@@ -160,9 +160,9 @@ class _Told:
         whole = news[: news.rfind(b"\n") + 1]
         self._place += len(whole)
         for line in whole.splitlines():
-            self._hear(**json.loads(line))
+            self._apply_event(**json.loads(line))
 
-    def _hear(self, kind: str, about: dict[str, Any]) -> None:
+    def _apply_event(self, kind: str, about: dict[str, Any]) -> None:
         if kind == "epoch":
             metrics = EpochMetrics(**about)
             if metrics.step > self._newest:  # after a restart, epochs are told again
@@ -204,12 +204,12 @@ def _work(folder: Path, device: Device) -> None:
     digits = Digits(np.load(folder / "images.npy", mmap_mode="r"), np.load(folder / "labels.npy"))
     config = TrainingConfig.model_validate_json((folder / "config.json").read_text())
 
-    def tell(kind: str, about: dict[str, Any]) -> None:
+    def write(kind: str, about: dict[str, Any]) -> None:
         if leads:
             with (folder / _TOLD).open("a") as file:
                 file.write(json.dumps({"kind": kind, "about": about}) + "\n")
 
-    def asked_to_stop() -> str | None:
+    def stop_requested() -> str | None:
         path = folder / "stop"
         return path.read_text() if path.exists() else None
 
@@ -218,16 +218,16 @@ def _work(folder: Path, device: Device) -> None:
             digits,
             config,
             device,
-            on_progress=lambda progress: tell("progress", asdict(progress)),
-            on_epoch=lambda metrics: tell("epoch", asdict(metrics)),
+            on_progress=lambda progress: write("progress", asdict(progress)),
+            on_epoch=lambda metrics: write("epoch", asdict(metrics)),
             checkpoints=LocalCheckpoints(folder / "checkpoints"),
-            stop=asked_to_stop,
+            stop=stop_requested,
         )
     except TrainingStopped as stopped:
         about = {"reason": stopped.reason, "step": stopped.step, "steps": stopped.steps}
-        tell("stopped", about | {"saved": stopped.saved})
+        write("stopped", about | {"saved": stopped.saved})
     except tuple(_FINAL.values()) as error:
-        tell(type(error).__name__, {"sentence": str(error)})
+        write(type(error).__name__, {"sentence": str(error)})
     finally:
         distributed.destroy_process_group()
 

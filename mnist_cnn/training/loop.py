@@ -215,7 +215,7 @@ class _Run:
         epoch_first, epoch_began = first, began
         batches = self._batches.start(first)
         while state.step < self._steps and state.outcome == "finished":
-            reason, spent = self._ask(stop)
+            reason, spent = self._check_stop(stop)
             if reason is not None:
                 self._halt(reason, writer)
             if spent:
@@ -243,7 +243,7 @@ class _Run:
                 pace = (state.step - first) * self._recipe.batch_size / (now - began)
                 on_progress(Progress(state.step, self._steps, pace, left))
 
-    def _ask(self, stop: Callable[[], str | None]) -> tuple[str | None, bool]:
+    def _check_stop(self, stop: Callable[[], str | None]) -> tuple[str | None, bool]:
         """Return why to stop, and whether the time is spent: the first process decides for all."""
         reason = stop() if self._leads else None
         budget = self._config.time_budget_seconds

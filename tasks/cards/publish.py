@@ -35,7 +35,7 @@ from tasks.cards.text import (
 from tasks.datasets.ledger import read_base
 from tasks.datasets.snapshots import read_profile
 from tasks.records import SPLITS, Candidate, ModelVersion, ValidatedSnapshot
-from tasks.registry.versions import asking
+from tasks.registry.versions import registry_errors
 from tasks.services.addresses import without_credentials
 from tasks.services.s3 import Store
 from tasks.services.step import step
@@ -134,7 +134,7 @@ def write_data_card(data: DataFacts) -> str:
 
 
 @step
-@asking("the cards in the MLflow run")
+@registry_errors("the cards in the MLflow run")
 def publish_cards(
     validated: ValidatedSnapshot,
     candidate: Candidate,

@@ -22,7 +22,7 @@ from tasks.decide import score
 from tasks.evaluate import evaluate_networks
 from tasks.records import ModelVersion, RejectedSnapshot, Snapshot, ValidatedSnapshot
 from tasks.registry.models import ModelUnusable, load_model
-from tasks.registry.versions import asking
+from tasks.registry.versions import registry_errors
 from tasks.services.s3 import Store
 from tasks.services.step import step
 
@@ -88,7 +88,7 @@ def check_decisions(
 
 
 @step
-@asking("the champion to damage")
+@registry_errors("the champion to damage")
 def check_loading(champion: ModelVersion) -> GateResult:
     """Cut the champion's file in half, in a copy, and load that."""
     import mlflow.artifacts

@@ -29,7 +29,6 @@ from tasks.registry.versions import (
     PREVIOUS,
     Refused,
     RegistryError,
-    asking,
     demand_same_artifacts,
     describe,
     find_version,
@@ -37,6 +36,7 @@ from tasks.registry.versions import (
     read_model,
     read_version,
     read_versions,
+    registry_errors,
 )
 from tasks.services.events import emit
 from tasks.services.lock import exclusive
@@ -59,7 +59,7 @@ def find_rollback(
 
     Raises Refused for a version that is unknown, half registered, or was never champion.
     """
-    with asking(f"the versions of {name}"):
+    with registry_errors(f"the versions of {name}"):
         aliases = read_model(name).aliases
         chosen = str(number) if number else aliases.get(PREVIOUS)
         if chosen is None:
@@ -90,7 +90,7 @@ def verify_history(name: str, store: Store) -> tuple[History, list[bool], list[s
     Objects that are lost are restored from the registry's tags, and a last move that is seen to be
     carried out is confirmed. Raises Refused if there is no such model.
     """
-    with asking(f"the history of {name}"), exclusive(name):  # no move is seen half done
+    with registry_errors(f"the history of {name}"), exclusive(name):  # no move is seen half done
         champion = read_model(name).aliases.get(CHAMPION)
         history = read_history(store, name, read_versions(name), restore=True)
         moved = [move for move in history.moves if move.action != "reject"]

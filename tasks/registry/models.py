@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks.registry.versions import RegistryError, RegistryUnreachable, asking
+from tasks.registry.versions import RegistryError, RegistryUnreachable, registry_errors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,7 +29,7 @@ def load_model(address: str) -> "tuple[nn.Module, int]":
     os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
     with tempfile.TemporaryDirectory() as folder:
         try:
-            with asking(f"the files of {address}"):
+            with registry_errors(f"the files of {address}"):
                 path = mlflow.artifacts.download_artifacts(address, dst_path=folder)
             network: nn.Module = mlflow.pytorch.load_model(path)
         except RegistryUnreachable:

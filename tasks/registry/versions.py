@@ -48,7 +48,7 @@ class Refused(ValueError):
 
 
 @contextmanager
-def asking(what: str) -> Iterator[None]:
+def registry_errors(what: str) -> Iterator[None]:
     """Turn what MLflow raises meanwhile into a RegistryError that says `what` was not to be had.
 
     It is a RegistryUnreachable if the server is away or busy. Works as a decorator, too.
@@ -195,7 +195,7 @@ def digest_artifacts(address: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         try:
-            with asking(f"the artifacts of {address}"):
+            with registry_errors(f"the artifacts of {address}"):
                 root = Path(mlflow.artifacts.download_artifacts(address, dst_path=folder))
         except RegistryUnreachable:
             raise

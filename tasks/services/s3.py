@@ -84,7 +84,7 @@ class Store:
             )
         self.address = address.rstrip("/")
         self.bucket, _, self._prefix = self.address[5:].partition("/")
-        with self._speaking():
+        with self._s3_errors():
             self._client = _connect()
         weakref.finalize(self, self._client.close)
 
@@ -102,7 +102,7 @@ class Store:
     def put(self, name: str, content: bytes) -> str:
         """Write an object, whole or not at all, and return its address."""
         kind = _CONTENT_TYPES.get(name.rpartition(".")[2], "application/octet-stream")
-        with self._speaking():
+        with self._s3_errors():
             self._client.put_object(
                 Bucket=self.bucket, Key=self._key(name), Body=content, ContentType=kind
             )
@@ -112,7 +112,7 @@ class Store:
         """Read an object; FileNotFoundError names the address that holds nothing."""
         from botocore.exceptions import ClientError
 
-        with self._speaking():
+        with self._s3_errors():
             try:
                 return self._client.get_object(Bucket=self.bucket, Key=self._key(name))[
                     "Body"
@@ -126,14 +126,14 @@ class Store:
 
     def modified(self, name: str) -> datetime:
         """Return when an object was written."""
-        with self._speaking():
+        with self._s3_errors():
             return self._client.head_object(Bucket=self.bucket, Key=self._key(name))["LastModified"]
 
     def has(self, name: str) -> bool:
         """Tell whether there is an object called `name`."""
         from botocore.exceptions import ClientError
 
-        with self._speaking():
+        with self._s3_errors():
             try:
                 self._client.head_object(Bucket=self.bucket, Key=self._key(name))
             except ClientError as error:
@@ -144,19 +144,19 @@ class Store:
 
     def time(self) -> datetime:
         """Return the time by the server's clock, by which it dates objects."""
-        with self._speaking():
+        with self._s3_errors():
             answer = self._client.head_bucket(Bucket=self.bucket)
         return read_date(answer["ResponseMetadata"]["HTTPHeaders"].get("date"))
 
     def remove(self, name: str) -> None:
         """Remove an object; one that is not there is no error."""
-        with self._speaking():
+        with self._s3_errors():
             self._client.delete_object(Bucket=self.bucket, Key=self._key(name))
 
     def copy(self, name: str, to: str) -> None:
         """Copy an object within the store, whole or not at all."""
         source = {"Bucket": self.bucket, "Key": self._key(name)}
-        with self._speaking():
+        with self._s3_errors():
             self._client.copy_object(Bucket=self.bucket, Key=self._key(to), CopySource=source)  # type: ignore[arg-type]
 
     def move(self, entry: Entry, name: str) -> bool:
@@ -185,7 +185,7 @@ class Store:
 
     def entries(self, prefix: str) -> list[Entry]:
         """Return all objects under `prefix`, in order of their names."""
-        with self._speaking():
+        with self._s3_errors():
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.bucket, Prefix=self._key(prefix)
             )
@@ -199,7 +199,7 @@ class Store:
 
     def folders(self, prefix: str) -> list[str]:
         """Return the names of the folders right under `prefix`, which ends with a slash."""
-        with self._speaking():
+        with self._s3_errors():
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.bucket, Prefix=self._key(prefix), Delimiter="/"
             )
@@ -212,7 +212,7 @@ class Store:
 
     def link(self, name: str) -> str:
         """Return an address that any browser can open for as long as `LINK_LIFE`."""
-        with self._speaking():
+        with self._s3_errors():
             return self._client.generate_presigned_url(
                 "get_object",
                 Params={"Bucket": self.bucket, "Key": self._key(name)},
@@ -234,7 +234,7 @@ class Store:
         return f"{self._prefix}/{name}" if self._prefix else name
 
     @contextmanager
-    def _speaking(self) -> Iterator[None]:
+    def _s3_errors(self) -> Iterator[None]:
         """Turn what boto3 raises into a sentence: what was got, and what to do."""
         from botocore import exceptions as s3
         from botocore.parsers import ResponseParserError

@@ -29,7 +29,12 @@ from tasks.datasets.snapshots import write_snapshot
 from tasks.promote import find_champion
 from tasks.records import Candidate, ValidatedSnapshot
 from tasks.registry.models import ModelUnusable, load_model
-from tasks.registry.versions import RegistryError, RegistryUnreachable, asking, digest_artifacts
+from tasks.registry.versions import (
+    RegistryError,
+    RegistryUnreachable,
+    digest_artifacts,
+    registry_errors,
+)
 from tasks.services.s3 import DEFAULT_STORE, Store
 from tasks.train import train_model
 from tests.flows.runs import create_run, execute, retry
@@ -130,7 +135,10 @@ def test_what_another_try_may_not_meet_is_away(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", NOWHERE)
-    with pytest.raises(RegistryUnreachable, match="repair the MLflow server"), asking("a tag"):
+    with (
+        pytest.raises(RegistryUnreachable, match="repair the MLflow server"),
+        registry_errors("a tag"),
+    ):
         raise error
 
 
@@ -148,7 +156,10 @@ def test_what_any_try_will_meet_is_refused_at_once(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", NOWHERE)
-    with pytest.raises(RegistryError, match="correct what MLflow refuses") as told, asking("a tag"):
+    with (
+        pytest.raises(RegistryError, match="correct what MLflow refuses") as told,
+        registry_errors("a tag"),
+    ):
         raise error
     assert not isinstance(told.value, ConnectionError)
 
@@ -157,7 +168,7 @@ def test_a_password_in_the_address_is_never_shown(monkeypatch: pytest.MonkeyPatc
     """Neither in the sentence nor in what is logged with it."""
     address = "https://anna:s3cret@host"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-    with pytest.raises(RegistryUnreachable) as told, asking("a tag"):
+    with pytest.raises(RegistryUnreachable) as told, registry_errors("a tag"):
         raise MlflowException(f"API request to {address}/api failed")
     assert "at https://host (API request to https://host/api failed)" in str(told.value)
     assert "s3cret" not in "".join(traceback.format_exception(told.value))

@@ -19,7 +19,7 @@ from mnist_cnn.training import (
     train,
     train_distributed,
 )
-from mnist_cnn.training.distributed import _Told
+from mnist_cnn.training.distributed import _EventLog
 
 # 2 steps an epoch of the sample.
 CONFIG = TrainingConfig(
@@ -121,7 +121,7 @@ def test_what_the_workers_told_is_heard_once_and_whole(tmp_path: Path) -> None:
     failure = json.dumps({"kind": "FloatingPointError", "about": {"sentence": "the loss is nan"}})
     path = tmp_path / "told.jsonl"
     epochs: list[EpochMetrics] = []
-    told = _Told(path, print, epochs.append)
+    told = _EventLog(path, print, epochs.append)
     told.listen()
     path.write_text(line + line[:10])
     told.listen()
