@@ -45,6 +45,7 @@ _SETTLED = timedelta(seconds=25)
 """A death is reported more than once, by engine and worker; a report must not meet the resume. And
 an attempt that lives, which looks every ten seconds, has said so by then."""
 _LAST_WORD = timedelta(minutes=1)
+_MOST_SECONDS = 120.0
 _FRESH = timedelta(days=1)
 """An older death is a person's business: the next run of the schedule did its work."""
 
@@ -88,26 +89,37 @@ def _judge_death(run: FlowRun, state: State, past: Sequence[State], *, settled: 
 
 @step
 def recover_runs() -> list[str]:
-    """Resume what crashed, end what never started; return a sentence for each run."""
+    """Resume what crashed, end what never started; return a sentence for each run.
+
+    Deaths that are not settled yet are waited for, at most for two minutes: the next look is five
+    minutes away.
+    """
+    done = list[Remedy]()
+    ends = time.monotonic() + _MOST_SECONDS
     with get_client(sync_client=True) as prefect:
-        remedies = _judge_all(prefect)
-        while any(remedy.act == "wait" for remedy in remedies):
-            time.sleep(1)
-            remedies = _judge_all(prefect)
-        if any(remedy.act != "nothing" for remedy in remedies):
-            with exclusive("runs", "recover"):  # every death starts a watch: one of them acts
-                remedies = _judge_all(prefect)
-                for remedy in remedies:
-                    with suppress(ObjectNotFound):  # somebody deleted the run since
-                        _apply(prefect, remedy)
+        while time.monotonic() < ends:
+            acts = {remedy.act for remedy in _judge_all(prefect)}
+            if acts - {"nothing", "wait"}:  # others that are settled later must not hold these up
+                done += _act(prefect)
+            elif "wait" in acts:
+                time.sleep(1)
+            else:
+                break
         _end_left_behind(prefect)
-        if any(remedy.act == "crash" for remedy in remedies):
-            get_run_logger().info("what was ended is resumed at the next look")
-    done = [r for r in remedies if r.act not in {"nothing", "wait"}]
-    sentences = [f"{r.act} {r.run.name}: {r.why}" for r in done]
+    sentences = [f"{remedy.act} {remedy.run.name}: {remedy.why}" for remedy in done]
     for sentence in sentences:
         get_run_logger().warning(sentence)
     return sentences
+
+
+def _act(prefect: SyncPrefectClient) -> list[Remedy]:
+    """Judge again and apply the remedies, one watch at a time; every death starts several."""
+    with exclusive("runs", "recover"):
+        remedies = [r for r in _judge_all(prefect) if r.act not in {"nothing", "wait"}]
+        for remedy in remedies:
+            with suppress(ObjectNotFound):  # somebody deleted the run since
+                _apply(prefect, remedy)
+    return remedies
 
 
 def _judge_all(prefect: SyncPrefectClient) -> list[Remedy]:
