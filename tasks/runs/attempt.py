@@ -44,7 +44,7 @@ R = TypeVar("R")
 TimeLimit = Annotated[float, Field(gt=0, le=7 * 24 * 60)]
 """Minutes."""
 
-_LOOK_SECONDS = 10.0
+_LOOK_SECONDS = 4.0
 _CANCELLING_SECONDS = 60.0
 """A worker that lives has ended a cancelled run by then."""
 _LAST_RESORT_SECONDS = 120.0

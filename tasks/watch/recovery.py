@@ -41,9 +41,9 @@ RESUMES = 3
 
 _RESUMED = "Resumed after"
 _PENDING = timedelta(minutes=10)
-_SETTLED = timedelta(seconds=25)
+_SETTLED = timedelta(seconds=12)
 """A death is reported more than once, by engine and worker; a report must not meet the resume. And
-an attempt that lives, which looks every ten seconds, has said so by then."""
+an attempt that lives, which looks every four seconds, has contradicted it by then."""
 _LAST_WORD = timedelta(minutes=1)
 _MOST_SECONDS = 120.0
 _FRESH = timedelta(days=1)

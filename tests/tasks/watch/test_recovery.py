@@ -58,7 +58,7 @@ def test_deaths_count_from_when_a_person_repeated_the_run() -> None:
 
 
 def test_a_death_is_let_settle_before_the_resume() -> None:
-    assert died(state("RUNNING", age=100), age=20)[0] == "wait"
+    assert died(state("RUNNING", age=100), age=10)[0] == "wait"
 
 
 def test_a_run_that_was_given_up_or_died_long_ago_stays_as_it_is() -> None:
