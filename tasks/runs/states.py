@@ -31,6 +31,13 @@ def since_running(past: Iterable[State]) -> list[State]:
 
 
 def began(past: Iterable[State]) -> datetime | None:
-    """Return when a run began that may have died and been resumed since; None if it has not."""
-    running = [state.timestamp for state in since_end(past) if state.is_running()]
+    """Return the time at which the present attempt began; None if it has not.
+
+    A run that contradicts a false report of its death has another Running state, but no new
+    attempt: nothing was scheduled in between.
+    """
+    ordered = sorted(past, key=lambda state: state.timestamp)
+    scheduled = [place for place, state in enumerate(ordered) if state.is_scheduled()]
+    attempt = ordered[scheduled[-1] :] if scheduled else ordered
+    running = [state.timestamp for state in attempt if state.is_running()]
     return running[0] if running else None

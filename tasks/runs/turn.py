@@ -6,7 +6,7 @@ drops the run of one data set because another's is going, and it keeps a whole q
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import wraps
 from inspect import signature
@@ -40,8 +40,8 @@ TAG = "mnist-retraining"
 OVERTAKEN = "Overtaken"
 """Name of the state in which a run ends whose work a newer one does."""
 
-_RESUMED_WITHIN = timedelta(minutes=10)
-"""After which nobody waits any more for a run that died."""
+_SETTLED = timedelta(seconds=20)
+"""A run that is called crashed may be alive, and has contradicted the report by then."""
 
 _LOOK_SECONDS = 5.0
 _SUBJECT = ("dataset", "store")
@@ -53,17 +53,18 @@ Turn = Literal["go", "wait", "overtaken"]
 
 @dataclass(frozen=True)
 class Contender:
-    """A run of a deployment that is due, goes, or died and will be resumed."""
+    """A run of a deployment that is due, goes, or is said to have died just now."""
 
     run: FlowRun
     began: datetime | None
-    """None if it has not; a run that was resumed after a death began before that."""
+    """Start of its present attempt; None if it has none."""
 
 
 def judge_turn(run: Contender, others: Iterable[Contender], defaults: Mapping[str, object]) -> Turn:
     """Decide whether a run may go; `others` are those of its deployment.
 
-    Of one data set, the run that began first goes. One that was not begun before is overtaken by a
+    Of one data set, the run whose attempt began first goes: one that is resumed after a death goes
+    on once the one that went meanwhile has ended. A run that was not begun before is overtaken by a
     newer one of the same parameters: always if the schedule made it, else if it had to wait.
     `defaults` are the flow's own, for the parameters that a run was not given.
     """
@@ -130,8 +131,7 @@ def take_turn(defaults: dict[str, object]) -> str | None:
 def _find_contenders(prefect: SyncPrefectClient, deployment: UUID) -> list[Contender]:
     """Return the runs of a deployment that have begun or are due, and have not ended for good.
 
-    Whether one has begun does not depend on a clock, and what is due the server's clock decides. A
-    run that died a short time ago will be resumed.
+    Whether one has begun does not depend on a clock, and what is due the server's clock decides.
     """
     now = server_time(prefect)
     begun = FlowRunFilter(state=_in_states(StateType.PENDING, StateType.RUNNING))
@@ -141,30 +141,22 @@ def _find_contenders(prefect: SyncPrefectClient, deployment: UUID) -> list[Conte
     )
     dead = FlowRunFilter(
         state=_in_states(StateType.CRASHED),
-        end_time=FlowRunFilterEndTime(after_=now - _RESUMED_WITHIN),
+        end_time=FlowRunFilterEndTime(after_=now - _SETTLED),
     )
     ours = DeploymentFilter(id=DeploymentFilterId(any_=[deployment]))
-    contenders = [
+    return [
         _enter(prefect, found)
         for wanted in (begun, due, dead)
         for found in prefect.read_flow_runs(flow_run_filter=wanted, deployment_filter=ours)
         if found.state_name != GIVEN_UP
     ]
-    return [
-        contender if _may_go_on(contender.run, now) else replace(contender, began=None)
-        for contender in contenders
-    ]
 
 
 def _enter(prefect: SyncPrefectClient, run: FlowRun) -> Contender:
-    once = run.run_count <= 1
-    return Contender(run, run.start_time if once else began(prefect.read_flow_run_states(run.id)))
-
-
-def _may_go_on(run: FlowRun, now: datetime) -> bool:
-    """Tell whether a run that has begun goes, or will soon: nobody may take it up again."""
-    state = run.state
-    return state is not None and (state.is_running() or now - state.timestamp < _RESUMED_WITHIN)
+    goes = run.state is not None and (run.state.is_running() or run.state.is_crashed())
+    if run.run_count <= 1 or not goes:
+        return Contender(run, run.start_time if goes else None)
+    return Contender(run, began(prefect.read_flow_run_states(run.id)))
 
 
 def _in_states(*types: StateType) -> FlowRunFilterState:

@@ -71,15 +71,17 @@ def test_the_default_data_set_of_one_run_is_not_that_of_another() -> None:
     assert judge_turn(weekly, [weekly, theirs], DEFAULTS) == "go"
 
 
-def test_a_run_that_died_and_will_be_resumed_keeps_its_turn() -> None:
+def test_a_run_that_is_called_dead_keeps_its_turn_until_it_surely_is() -> None:
     dead = run_of(1, started=0, due=0, auto_scheduled=False)
     assert dead.run.state is not None
     dead.run.state.type = StateType.CRASHED
     waiting = run_of(2, started=5, due=5, auto_scheduled=False)
     assert judge_turn(waiting, [dead, waiting], DEFAULTS) == "wait"
-    resumed = run_of(1, started=0, due=0, auto_scheduled=False, run_count=2)
-    assert judge_turn(resumed, [resumed, waiting], DEFAULTS) == "go"
-    assert judge_turn(waiting, [resumed, waiting], DEFAULTS) == "wait"
+    due_again = run_of(1, started=None, due=0, auto_scheduled=False, run_count=1)
+    assert judge_turn(waiting, [due_again, waiting], DEFAULTS) == "go"
+    resumed = run_of(1, started=9, due=0, auto_scheduled=False, run_count=2)
+    assert judge_turn(resumed, [resumed, waiting], DEFAULTS) == "wait"
+    assert judge_turn(waiting, [resumed, waiting], DEFAULTS) == "go"
 
 
 def test_a_run_of_other_parameters_overtakes_nothing() -> None:
@@ -100,17 +102,25 @@ def test_a_run_that_was_begun_before_is_not_overtaken() -> None:
     assert judge_turn(resumed, [resumed, newer], DEFAULTS) == "go"
 
 
-def test_a_run_that_a_person_repeats_begins_anew_and_one_that_is_resumed_does_not() -> None:
-    def state(kind: str, seconds: float, name: str | None = None) -> State:
-        when = NOW + timedelta(seconds=seconds)
-        return State(type=StateType[kind], name=name, timestamp=when)
+def state(kind: str, seconds: float, name: str | None = None) -> State:
+    when = NOW + timedelta(seconds=seconds)
+    return State(type=StateType[kind], name=name, timestamp=when)
 
-    first, died = state("RUNNING", 0), state("CRASHED", 1)
-    resumed, failed, repeated = state("RUNNING", 2), state("FAILED", 3), state("RUNNING", 4)
-    assert began([died, resumed, first]) == NOW
-    assert began([first, died, resumed, failed]) is None
-    assert began([first, died, resumed, failed, repeated]) == repeated.timestamp
+
+def test_an_attempt_begins_anew_when_it_was_due_again_and_not_when_it_goes_on() -> None:
+    due, first, died = state("SCHEDULED", -1), state("RUNNING", 0), state("CRASHED", 1)
+    assert began([died, first, due, state("RUNNING", 2)]) == NOW  # a false report
+    again = state("SCHEDULED", 2, "AwaitingRetry")
+    assert began([due, first, died, again, state("PENDING", 3)]) is None
+    assert began([due, first, died, again, state("RUNNING", 4)]) == NOW + timedelta(seconds=4)
+
+
+def test_a_run_that_was_given_up_or_failed_is_repeated_with_a_clean_slate() -> None:
+    first, repeated = state("RUNNING", 0), state("RUNNING", 4)
     assert since_end([first, state("CRASHED", 1, GIVEN_UP), repeated]) == [repeated]
+    assert since_end([first, state("FAILED", 1), repeated]) == [repeated]
+    died = state("CRASHED", 1)
+    assert since_end([repeated, died, first]) == [first, died, repeated]
 
 
 def test_a_flow_takes_its_turn_with_its_own_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
