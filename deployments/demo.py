@@ -26,12 +26,12 @@ from tasks.services.s3 import Store, default_store
 
 
 def main() -> int:
-    """Return 0 only if the run completed."""
+    """Run the command line; return 0 only if the run completed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--start", action="store_true", help="start the local stack first")
     parser.add_argument("--param", action="append", default=[], help="NAME=VALUE, for the flow")
-    words = parser.parse_args()
-    return errors_as_sentences(lambda: _retrain(words.param, start_stack=words.start))
+    options = parser.parse_args()
+    return errors_as_sentences(lambda: _retrain(options.param, start_stack=options.start))
 
 
 def _retrain(params: list[str], *, start_stack: bool) -> int:
@@ -39,17 +39,17 @@ def _retrain(params: list[str], *, start_stack: bool) -> int:
         start(Stack.configured(), deploy=PROJECT / "deployments" / "prefect.yaml")
     with connect_to_prefect(local=start_stack) as prefect:
         run = watch(prefect, trigger(prefect, "train/weekly", params))
-        _show(prefect, run)
+        _print_summary(prefect, run)
     if start_stack:
         print("\nThe stack stays up. Stop it with: make down")
     return 0 if run.state and run.state.is_completed() else 1
 
 
-def _show(prefect: SyncPrefectClient, run: FlowRun) -> None:
-    """Print verdict, figures, seconds per stage and addresses."""
+def _print_summary(prefect: SyncPrefectClient, run: FlowRun) -> None:
+    """Print verdict, seconds per stage, figures and links of a finished run."""
     print_verdict(run)
     for stage in stages(prefect, run):
-        if stage.start_time:
+        if stage.start_time:  # a stage that never started has no duration
             print(f"  {title(stage):<20} {stage.total_run_time.total_seconds():6.1f} s")
     print(f"  {'the whole run':<20} {run.total_run_time.total_seconds():6.1f} s\n")
     try:
@@ -58,6 +58,7 @@ def _show(prefect: SyncPrefectClient, run: FlowRun) -> None:
         print("The run ended before it could report; its log says why:", url_for(run))
         return
     summary = RunSummary.model_validate_json(content)
+    # The sample is a fallback only where the data set was left to the run.
     if summary.dataset == "digits" and run.parameters.get("dataset") == "auto":
         print("  MNIST COULD NOT BE HAD: this run used the embedded sample of 1,797 digits.")
         print("  To use MNIST set MNIST_MIRROR, then `make down` and `make demo`.\n")

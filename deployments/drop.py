@@ -18,43 +18,54 @@ from tasks.snapshot import Dataset
 
 
 def main() -> int:
-    """Return 0 only if the batch lies there whole and its arrival was told."""
+    """Run the command line; return 0 only if the batch is complete and its event was emitted."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", required=True, help="its name, which was never used before")
     parser.add_argument("--dataset", default="mnist", type=TypeAdapter(Dataset).validate_python)
     parser.add_argument("files", nargs="+", type=Path, help="an IDX pair, or Parquet files")
-    words = parser.parse_args()
-    if len({path.name for path in words.files}) < len(words.files):
+    options = parser.parse_args()
+    # A batch is one flat folder: of two files with one name the second would replace the first.
+    if len({path.name for path in options.files}) < len(options.files):
         parser.error("two of the files have one name; expected names that differ")
     try:
-        files = {path.name: path.read_bytes() for path in words.files}
+        files = {path.name: path.read_bytes() for path in options.files}
         with connect_to_prefect() as prefect:
-            where = drop(words.dataset, words.batch, files)
-            announce(prefect, words.dataset, words.batch)
+            address = drop(options.dataset, options.batch, files)
+            announce(prefect, options.dataset, options.batch)
     except (BadBatch, OSError, StackError) as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"{where} holds {len(files)} files. A minute after the last arrival ingest/on-arrival")
+    print(f"{address} holds {len(files)} files. A minute after the last arrival ingest/on-arrival")
     print("judges them: accepted, they begin train/weekly; refused, they lie in quarantine/.")
     return 0
 
 
 def drop(dataset: str, batch: str, files: dict[str, bytes]) -> str:
-    """Upload a batch, the marker last, and return its address; BadBatch if it cannot be one."""
-    check_names({f"{batch}.parquet": 1})  # a batch is named as plainly as its files
+    """Upload a batch, the marker last, and return its address.
+
+    `files` maps names to contents. Raises BadBatch if a name or the set of files is not allowed, or
+    if the batch exists already.
+    """
+    check_names({f"{batch}.parquet": 1})  # the rules for a file's name hold for the batch's as well
     check_names({name: len(content) for name, content in files.items()})
-    store, folder = Store(default_store()), incoming_folder(dataset, batch)
+    store = Store(default_store())
+    folder = incoming_folder(dataset, batch)
     if store.names(folder):
         raise BadBatch(f"{store.address_of(folder)} holds files already: choose another name")
+    # The marker comes last: ingest takes a batch for complete as soon as the marker is there.
     for name, content in [*files.items(), (MARKER, b"")]:
         store.put(f"{folder}{name}", content)
     return store.address_of(folder)
 
 
 def announce(prefect: SyncPrefectClient, dataset: str, batch: str) -> None:
-    """Emit the event that deployments/prefect.yaml waits for; StackError if nobody took it."""
+    """Emit `batch.arrived`, which triggers ingest/on-arrival (see deployments/prefect.yaml).
+
+    Raises StackError if the server does not accept the event.
+    """
     resource = Resource({"prefect.resource.id": f"dataset.{dataset}"})
     event = Event(event="batch.arrived", resource=resource, payload={"batch": batch})
+    # By HTTP, not by `emit_event`: that sends in the background and reports no failure.
     try:
         prefect.request("POST", "/events", json=[event.model_dump(mode="json")])
     except httpx.HTTPError as error:

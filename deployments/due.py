@@ -1,4 +1,4 @@
-"""When each schedule of ours is due next, as the Prefect server says it."""
+"""The next due time of each schedule of this project, read from the Prefect server."""
 
 import asyncio
 import time
@@ -11,18 +11,18 @@ from zoneinfo import ZoneInfo
 from deployments.services import StackError
 
 TAG = "mnist-retraining"
-"""Every deployment of deployments/prefect.yaml carries it, and so does each of its runs."""
+"""Tag of every deployment of deployments/prefect.yaml, and of each of their runs."""
 
-PATIENCE = 90.0  # seconds: the scheduling service of a Prefect server looks every minute
+PATIENCE = 90.0  # seconds: the scheduling service of a Prefect server runs every minute
 
-HORIZON = timedelta(days=99)  # a Prefect server makes the runs of the next hundred days
+HORIZON = timedelta(days=99)  # a Prefect server creates the runs of the next hundred days
 
 Ask = Callable[[str, str, object], Any]
-"""A request to a Prefect server, as method, path and JSON content; returns the answer's JSON."""
+"""A request to a Prefect server: method, path and JSON content to the response's JSON."""
 
 
 class Unscheduled(StackError):
-    """A schedule is active, but the server makes no run for it."""
+    """A schedule is active, but the server creates no run for it."""
 
 
 @dataclass(frozen=True)
@@ -32,23 +32,23 @@ class Due:
     deployment: str
     slug: str
     dataset: str
-    """Empty if the flow takes none, or looks at each."""
+    """Empty if the flow has no such parameter, or covers every data set."""
     rule: dict[str, Any]
     active: bool
     when: datetime | None
-    """None if no run was made."""
+    """Start of the next run; None if no run was created."""
 
     @property
     def name(self) -> str:
-        """The schedule, for a sentence."""
+        """The schedule's name for use in a sentence."""
         return f"the schedule `{self.slug}` of {self.deployment}"
 
     def missing(self) -> bool:
-        """Tell whether a run should be there and is not."""
+        """Return True if the schedule should have a next run and has none."""
         return self.active and self.when is None and _within_horizon(self.rule)
 
     def words(self) -> str:
-        """Return the next time as a person would say it."""
+        """Return the due time for people: the date in the schedule's zone, and the time left."""
         if not self.active:
             return "switched off"
         if self.when is None:
@@ -62,6 +62,7 @@ def table(schedules: list[Due]) -> str:
     """Return the schedules as lines of text with equal columns, under a headline."""
     rows = [("deployment", "schedule", "data set", "next due")]
     rows += [(due.deployment, due.slug, due.dataset or "-", due.words()) for due in schedules]
+    # The last column is not padded, so that no line ends in spaces.
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join(
         " ".join([*(f"{cell:{width}}" for cell, width in zip(row, widths, strict=False)), row[3]])
@@ -70,7 +71,7 @@ def table(schedules: list[Due]) -> str:
 
 
 def read_due(ask: Ask) -> list[Due]:
-    """Return every schedule of our deployments, in the order of the deployments' names."""
+    """Return every schedule of the deployments with `TAG`, by deployment, then by slug."""
     ours = {"deployments": {"tags": {"all_": [TAG]}}}
     flows = {flow["id"]: flow["name"] for flow in ask("POST", "/flows/filter", ours)}
     found = [
@@ -82,7 +83,10 @@ def read_due(ask: Ask) -> list[Due]:
 
 
 def wait_for_runs(ask: Ask, patience: float = PATIENCE) -> list[Due]:
-    """Return every schedule once each active one has its next run; raise Unscheduled."""
+    """Wait until each active schedule has its next run; return all schedules.
+
+    Raises Unscheduled after `patience` seconds.
+    """
     deadline = time.monotonic() + patience
     while True:
         schedules = read_due(ask)
@@ -99,10 +103,11 @@ def wait_for_runs(ask: Ask, patience: float = PATIENCE) -> list[Due]:
 
 
 def dataset_of(deployment: dict[str, Any], schedule: dict[str, Any]) -> str:
-    """Return the data set that a schedule's runs are about; empty if its flow takes none."""
+    """Return the data set of a schedule's runs; empty if the flow has no such parameter."""
+    # As Prefect does for a run: the schedule's value, else the deployment's, else the default.
     given = deployment["parameters"] | schedule["parameters"]
-    form = (deployment["parameter_openapi_schema"] or {}).get("properties", {})
-    return str(given.get("dataset", form.get("dataset", {}).get("default", "")))
+    properties = (deployment["parameter_openapi_schema"] or {}).get("properties", {})
+    return str(given.get("dataset", properties.get("dataset", {}).get("default", "")))
 
 
 def _read_deployment(ask: Ask, flow: str, deployment: dict[str, Any]) -> list[Due]:
@@ -121,7 +126,7 @@ def _read_deployment(ask: Ask, flow: str, deployment: dict[str, Any]) -> list[Du
 
 
 def _next_times(ask: Ask, deployment: dict[str, Any]) -> dict[str, datetime]:
-    """Return the time of the next run that each schedule made, by the schedule's id."""
+    """Return the start of each schedule's next run, by the schedule's id."""
     wanted = {schedule["id"] for schedule in deployment["schedules"] if schedule["active"]}
     coming = {
         "deployments": {"id": {"any_": [deployment["id"]]}},
@@ -133,10 +138,12 @@ def _next_times(ask: Ask, deployment: dict[str, Any]) -> dict[str, datetime]:
     }
     times: dict[str, datetime] = {}
     offset = 0
+    # Runs come in pages, soonest first. A schedule with many runs can fill pages before the first
+    # run of another appears.
     while wanted - times.keys():
         page = ask("POST", "/flow_runs/filter", coming | {"offset": offset})
         for run in page:
-            if run["auto_scheduled"] and run["created_by"]:
+            if run["auto_scheduled"] and run["created_by"]:  # not one that a person scheduled
                 when = datetime.fromisoformat(run["expected_start_time"])
                 times.setdefault(str(run["created_by"]["id"]), when)
         if not page:
@@ -146,7 +153,8 @@ def _next_times(ask: Ask, deployment: dict[str, Any]) -> dict[str, datetime]:
 
 
 def _within_horizon(rule: dict[str, Any]) -> bool:
-    """Tell whether a date is so near that the server makes its run by now."""
+    """Return True if the rule has a date so near that the server creates its run by now."""
+    # Imported here: Prefect's server code is needed only for an active schedule without a run.
     from prefect.server.schemas.core import DeploymentSchedule
 
     schedule = DeploymentSchedule.model_validate({"schedule": rule}).schedule

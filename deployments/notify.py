@@ -52,21 +52,20 @@ _EXPECTED = {
     "discord.com": "https://discord.com/api/webhooks/ID/TOKEN",
     "discordapp.com": "https://discordapp.com/api/webhooks/ID/TOKEN",
 }
-"""Shapes of the addresses of hosts that take no other."""
-
+"""Address formats of hosts that accept no other."""
 
 _PATIENCE = 12
-"""Seconds that Apprise waits for a webhook's answer; by itself it gives a slow one only 4."""
+"""Seconds that Apprise waits for a webhook's response; its own default is 4."""
 
 
 class BadAddress(ValueError):
-    """The address cannot be one that messages are sent to; the sentence does not quote it."""
+    """The address cannot receive messages; the message does not quote it, as it may be a secret."""
 
 
 def main() -> int:
-    """Save the address of the variable URL, or list who is told; return 1 if that failed.
+    """Save the address of the variable URL, or list the recipients; return 1 if that failed.
 
-    The address comes by the environment: a command line is for everybody to read.
+    The address is passed in the environment: every user of the machine can read a command line.
     """
     argparse.ArgumentParser(
         prog="URL=… python -m deployments.notify", description=__doc__
@@ -82,11 +81,14 @@ def main() -> int:
 
 
 def add(prefect: SyncPrefectClient, address: str) -> str:
-    """Send a test message to an address, save it if it arrives, and say so.
+    """Send a test message to an address and save the address if it arrives.
 
-    Raises BadAddress with a sentence if it is malformed, refuses, or does not answer in time.
+    Returns a sentence for the user. Raises BadAddress with a sentence if the address is malformed,
+    refuses the message, or does not respond in time.
     """
     kind, block = block_for(address)
+    # A hash in the name: a second address of a kind gets a block of its own, and an address that is
+    # added again overwrites its block.
     name = f"{NAME}-{kind}-{hashlib.sha256(address.encode()).hexdigest()[:6]}"
     test = Message(
         key="test",
@@ -108,9 +110,10 @@ def add(prefect: SyncPrefectClient, address: str) -> str:
 
 
 def describe(prefect: SyncPrefectClient) -> str:
-    """Return a line for each block that messages are sent to, without its address."""
+    """Return a line for each block that receives messages, without its address."""
     recipients = find_recipients(prefect)
-    keep_rules(prefect, known_to_server(recipients))  # for blocks that were made in the UI
+    # The server's own rules are updated here too, for blocks that were made in the UI.
+    keep_rules(prefect, known_to_server(recipients))
     kinds = describe_kinds(recipients)
     if not kinds:
         return "Nobody is told of anything. `make notify URL=…` sends messages to an address."
@@ -119,11 +122,14 @@ def describe(prefect: SyncPrefectClient) -> str:
 
 
 def block_for(address: str) -> tuple[str, NotificationBlock]:
-    """Return the kind of an address, in a word, and the block that sends to it.
+    """Return the kind of an address, in one word, and the block that sends to it.
 
-    Prefect has blocks for a few services; its Slack block hands every other address to Apprise as
-    it is, and is a block that each server has. A webhook is Apprise's as well: it is the only way
-    in which a failure does not write the address into the server's log.
+    Prefect has blocks for a few services. For every other address the Slack block is used: it
+    passes the address to Apprise unchanged, and its type is registered on each server. A webhook
+    uses Apprise as well: it is the only way that keeps the address out of the server's log after a
+    failure.
+
+    Raises BadAddress.
     """
     parts = _split(address)
     host = parts.hostname or ""
@@ -139,7 +145,7 @@ def block_for(address: str) -> tuple[str, NotificationBlock]:
             return "webhook", SlackWebhook(url=SecretStr(_json_address(parts)))
         return _native(service, address, parts)
     if parts.scheme in {"mailto", "mailtos"}:
-        # Apprise sends HTML, in which the lines of a text run together.
+        # Apprise sends HTML by default, in which the lines of a text run together.
         plain = (
             "" if "format=" in parts.query else "&format=text" if parts.query else "?format=text"
         )
@@ -154,7 +160,8 @@ def block_for(address: str) -> tuple[str, NotificationBlock]:
 
 
 def mask(address: str) -> str:
-    """Return what of an address may be shown: the scheme, and the host where that is no secret."""
+    """Return the public part of an address: the scheme, and the host where it holds no secret."""
+    # Tokens are in user, path and query; for other schemes than these also in the host's place.
     scheme, _, rest = address.partition("://")
     if not rest or not re.fullmatch(r"[a-z]{2,12}", scheme.lower()):
         return "this"
@@ -164,9 +171,10 @@ def mask(address: str) -> str:
 
 
 def _native(service: str, address: str, parts: SplitResult) -> tuple[str, NotificationBlock]:
-    """Return the block for an https address that Apprise knows as that of a service."""
+    """Return kind and block of a web address that belongs to `service`, by Apprise's name."""
     secret = SecretStr(address)
     if service == "Discord":
+        # The path is /api/webhooks/ID/TOKEN.
         identifier, token = parts.path.strip("/").split("/")[2:4]
         discord = DiscordWebhook(webhook_id=SecretStr(identifier), webhook_token=SecretStr(token))
         return "discord", discord
@@ -176,9 +184,12 @@ def _native(service: str, address: str, parts: SplitResult) -> tuple[str, Notifi
 
 
 def _split(address: str) -> SplitResult:
+    """Return the parts of an address; raise BadAddress if it has no valid form."""
     try:
         parts = urlsplit(address)
-        web = parts.scheme in {"http", "https"}  # elsewhere a token may be where a port is
+        # Only here is the port read: elsewhere a token may stand in its place, and reading a port
+        # that is no number raises ValueError.
+        web = parts.scheme in {"http", "https"}
         usable = parts.scheme and parts.netloc and not (web and parts.port == 0)
     except ValueError:  # such as a port that is no number, or half an IPv6 address
         usable = False
@@ -191,11 +202,12 @@ def _split(address: str) -> SplitResult:
 
 
 def _service(address: str) -> str | None:
-    """Return Apprise's name of the service that an address belongs to; None if it knows none."""
+    """Return Apprise's name of the service of an address; None if Apprise rejects the address."""
     from apprise import Apprise
 
+    # Apprise logs an address that it cannot parse, token included, so its log is silenced.
     logging.getLogger("apprise").addHandler(logging.NullHandler())
-    logging.getLogger("apprise").propagate = False  # it quotes what it cannot read
+    logging.getLogger("apprise").propagate = False
     found = Apprise.instantiate(address)
     if found is None:
         return None
@@ -203,7 +215,11 @@ def _service(address: str) -> str | None:
 
 
 def _json_address(parts: SplitResult) -> str:
-    """Return Apprise's form of a webhook: it posts JSON with these names and the same query."""
+    """Return Apprise's address of a JSON webhook, with our field names and the same query.
+
+    The prefix `-` marks a parameter of the webhook's own query, `:` renames a field of the body,
+    and `rto` is the read timeout in seconds.
+    """
     query = [(f"-{name}", value) for name, value in parse_qsl(parts.query, keep_blank_values=True)]
     query += [(":title", "subject"), (":message", "body"), ("rto", str(_PATIENCE))]
     scheme = "jsons" if parts.scheme == "https" else "json"

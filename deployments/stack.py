@@ -42,7 +42,7 @@ from deployments.services import (
 
 __all__ = ["PROJECT", "Ports", "Stack", "StackError", "environment", "start", "status", "stop"]
 
-PATIENCE = 600.0  # seconds until all must answer: a busy machine reads a gigabyte of cold files
+PATIENCE = 600.0  # seconds until all must be ready: a busy machine reads a gigabyte of cold files
 
 Say = Callable[[str], None]
 
@@ -50,15 +50,16 @@ Say = Callable[[str], None]
 def start(
     stack: Stack, *, deploy: Path | None = None, reset: bool = False, say: Say = print
 ) -> None:
-    """Start what is not running, wait until all of it answers, and deploy a prefect.yaml.
+    """Start the missing services, wait until all are ready, and deploy a prefect.yaml.
 
-    What people changed on the Prefect server stays, unless `reset` asks for what the files say.
-    If anything goes wrong, Ctrl-C included, what this call started is stopped again. Raises
+    Edits that were made on the Prefect server are kept; `reset` replaces them by the files. After
+    any failure, Ctrl-C included, the services that this call started are stopped again. Raises
     StackError.
     """
     environment(stack)  # makes the folder and the keys
     with processes.one_at_a_time(stack.root, say):
         before = processes.find(stack.root)
+        # BaseException, since Ctrl-C must not leave half a stack behind.
         try:
             _start(stack, deploy, say, reset=reset)
         except BaseException:
@@ -69,8 +70,8 @@ def start(
 def stop(stack: Stack, *, say: Say = print) -> None:
     """Stop every process of the stack; its data stays.
 
-    The keeper goes first: it would start the others again. Then flow runs, while they can still
-    report that they crash, then their worker, then the servers.
+    The keeper ends first, because it would restart the others. Next come the flow runs, which can
+    still report their crash to the server, then their worker, then the servers.
     """
     if not processes.find(stack.root):
         say("nothing is running")
@@ -83,20 +84,20 @@ def stop(stack: Stack, *, say: Say = print) -> None:
 
 
 def status(stack: Stack, *, say: Say = print) -> bool:
-    """Say for each service whether it answers, and when each schedule is due next.
+    """Print the state of each service and the next due time of each schedule.
 
-    Returns whether all services answer. Raises Unscheduled.
+    Returns True if all services are ready. Raises Unscheduled.
     """
     answers = {}
     for service in all_services(stack):
         process = running(stack, service)
         ready = process is not None and service.is_ready(process.create_time())
         answers[service.name] = ready
-        word = "ready" if ready else "does not answer" if process else "not running"
+        state = "ready" if ready else "does not answer" if process else "not running"
         pid = process.pid if process else "-"
-        say(f"{service.name:14} {word:15} pid {pid:<8} {service.address:22} log {service.log}")
+        say(f"{service.name:14} {state:15} pid {pid:<8} {service.address:22} log {service.log}")
     if answers[prefect_server(stack).name]:
-        _say_due(stack, say)
+        _report_due(stack, say)
     return all(answers.values())
 
 
@@ -105,15 +106,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m deployments.stack", description=__doc__)
     parser.add_argument("command", choices=["up", "down", "status"])
     parser.add_argument("--reset", action="store_true", help="undo what was edited in Prefect's UI")
-    typed = parser.parse_args(arguments)
-    command = typed.command
+    options = parser.parse_args(arguments)
+    command = options.command
+    # SIGTERM and SIGHUP end the command like Ctrl-C, so that `start` cleans up after them as well.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _interrupt)
     try:
         stack = Stack.configured()
         if command == "up":
-            start(stack, deploy=PROJECT / "deployments" / "prefect.yaml", reset=typed.reset)
+            start(stack, deploy=PROJECT / "deployments" / "prefect.yaml", reset=options.reset)
         elif command == "down":
             stop(stack)
         elif not status(stack):
@@ -130,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 @dataclass
 class _Start:
-    """One attempt to start services: what it has launched, and since when."""
+    """One attempt to start services: its start, in seconds since the epoch, and its processes."""
 
     stack: Stack
     say: Say
@@ -142,7 +144,10 @@ class _Start:
         self.launched[service] = launch(self.stack, service)
 
     def wait_for(self, *services: Service) -> None:
-        """Return when all answer; raise if a launched process ends, or patience does."""
+        """Wait until all services are ready.
+
+        Raises StackError if a launched process ends, or after `PATIENCE` seconds.
+        """
         waiting = list(services)
         while waiting:
             for service, process in self.launched.items():
@@ -151,6 +156,7 @@ class _Start:
                         f"{service.name} ended with exit code {process.returncode} while the "
                         f"stack was starting. {processes.tail(service.log)}"
                     )
+            # For a service that ran before, any sign of life counts, however old.
             since = {service: self.begin if service in self.launched else 0 for service in waiting}
             ready = [service for service in waiting if service.is_ready(since[service])]
             waiting = [service for service in waiting if service not in ready]
@@ -167,6 +173,11 @@ class _Start:
 
 
 def _start(stack: Stack, prefect_yaml: Path | None, say: Say, *, reset: bool) -> None:
+    """Start the missing services and deploy.
+
+    The servers start side by side. The worker and the deployments wait for Prefect's server only,
+    and the keeper starts last.
+    """
     services = all_services(stack)
     _end_leftovers(stack, say)
     missing = [service for service in services if running(stack, service) is None]
@@ -197,11 +208,14 @@ def _start(stack: Stack, prefect_yaml: Path | None, say: Say, *, reset: bool) ->
         attempt.launch(its_keeper)
         attempt.wait_for(its_keeper)
     if prefect_yaml is not None:
-        _say_due(stack, say)
+        _report_due(stack, say)
 
 
 def _keep_rules(stack: Stack) -> None:
-    """Let the server tell people that nothing of ours can run, before a worker has run anything."""
+    """Create the server's own alarm rules at deployment.
+
+    The server then reports that no worker runs even before a worker has ever run a flow.
+    """
     from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
@@ -214,13 +228,13 @@ def _keep_rules(stack: Stack) -> None:
 
 
 def all_services(stack: Stack) -> list[Service]:
-    """Describe every program of the stack, in the order in which they start."""
+    """Return every service of the stack, in the order of their start."""
     servers = [s3_server(stack), mlflow_server(stack), prefect_server(stack)]
     return [*servers, worker(stack), keeper(stack)]
 
 
 def launch(stack: Stack, service: Service) -> subprocess.Popen[bytes]:
-    """Start a service; the log of an earlier one is kept as .previous.log."""
+    """Start a service; the log of its last start is kept as `.previous.log`."""
     return processes.launch(
         service.name,
         service.command,
@@ -241,12 +255,16 @@ def _named(stack: Stack, name: str) -> dict[psutil.Process, str]:
 
 
 def _flow_runs(stack: Stack) -> dict[psutil.Process, str]:
+    """Return the processes that inherited the worker's name, but are not the worker itself."""
     command = worker(stack).command
     return {p: "flow run" for p in _named(stack, "worker") if not processes.runs(p, command)}
 
 
 def _end_all(find: Callable[[], dict[psutil.Process, str]], say: Say) -> None:
-    """End what is found until nothing is: a program may start another while it is being ended."""
+    """End the processes of `find` until it returns none.
+
+    Once is not enough: a program may start another while it is being ended.
+    """
     while found := find():
         killed = processes.end(found)
         for process, name in found.items():
@@ -254,7 +272,7 @@ def _end_all(find: Callable[[], dict[psutil.Process, str]], say: Say) -> None:
 
 
 def _end_leftovers(stack: Stack, say: Say) -> None:
-    """End what a server that died has left over: it may hold that server's port.
+    """End the leftover processes of dead servers: one may still hold its server's port.
 
     Flow runs whose worker died go on.
     """
@@ -270,6 +288,7 @@ def _end_leftovers(stack: Stack, say: Say) -> None:
 
 
 def _check_ports(services: list[Service]) -> None:
+    """Raise StackError if another program holds a port, with all such ports in one message."""
     held = []
     for name, (variable, port) in ((s.name, s.port) for s in services if s.port is not None):
         holder = processes.port_holder(HOST, port)
@@ -290,23 +309,27 @@ def _make_pool(ask: Ask) -> None:
 
 @contextmanager
 def prefect_api(stack: Stack) -> Iterator[Ask]:
-    """Give a function that asks Prefect, and again while its SQLite is locked (503)."""
+    """Yield a function for requests to the Prefect server, with retries.
+
+    It retries for about 16 s while the server's SQLite database is locked (503), and raises
+    `httpx.HTTPStatusError` for an error response with a body.
+    """
     url = f"{stack.prefect_url}/api"
     with httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
 
-        def ask(method: str, path: str, content: object) -> Any:
+        def request(method: str, path: str, content: object) -> Any:
             for pause in (0.2, 0.5, 1, 2, 4, 8):  # as Prefect's own client does
-                answer = client.request(method, path, json=content)
-                if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                response = client.request(method, path, json=content)
+                if response.status_code != httpx.codes.SERVICE_UNAVAILABLE:
                     break
                 time.sleep(pause)
-            return answer.raise_for_status().json() if answer.content else None
+            return response.raise_for_status().json() if response.content else None
 
-        yield ask
+        yield request
 
 
-def _say_due(stack: Stack, say: Say) -> None:
-    """Say when each schedule is due next; raise Unscheduled, with the server's last error."""
+def _report_due(stack: Stack, say: Say) -> None:
+    """Report the next due time of each schedule; raise Unscheduled with the server's last error."""
     with prefect_api(stack) as ask:
         try:
             schedules = wait_for_runs(ask)
@@ -317,7 +340,7 @@ def _say_due(stack: Stack, say: Say) -> None:
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    """Stop once: a second Ctrl-C must not cut the clean-up short."""
+    """Raise KeyboardInterrupt once; later signals are ignored, so that the clean-up finishes."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt

@@ -1,7 +1,8 @@
-"""Live through four weeks and a rollback in a few minutes, on a data set of the tour's own.
+"""Run four weeks and a rollback in a few minutes, on a data set of the tour's own.
 
 Its images are a part of MNIST's training split, or of the embedded sample where MNIST cannot be
-had. Every run goes through its deployment on the local stack, and nobody's champion is touched.
+downloaded. Every run goes through its deployment on the local stack; no other data set's champion
+changes.
 """
 
 import sys
@@ -29,8 +30,10 @@ from tasks.services.s3 import Store, default_store
 
 SEED = 1
 ENDS = ["Promoted", "Promoted", "Skipped", "Skipped", "Rolled back"]
-"""The states in which the runs of the story end."""
+"""Expected final states of the runs, in order: four weeks and the rollback."""
 
+# The second decision on a test split has the level 0.0083, at which 22 images of a digit prove a
+# margin of 0.2 if none is lost, and 240 images one of 0.02.
 POLICY = PromotionPolicy(
     accuracy_floor=0.9,
     worst_class_floor=0.75,
@@ -41,32 +44,33 @@ POLICY = PromotionPolicy(
     class_margin=0.2,
     factor_margin=0.08,
 )
-"""Floors that a model of some thousand images keeps, and margins that a few hundred can prove.
+"""Policy for a small data set.
 
-The second decision on a test split has the level 0.0083, at which 22 images of a digit prove a
-margin of 0.2 if none is lost, and 240 images one of 0.02.
+A model that was trained on some thousand images reaches the floors, and a test split of a few
+hundred images can prove the margins.
 """
 
 
 Sizes = tuple[int, int, int, int, int]
-"""Images of each of the `Parts`."""
+"""Number of images in each of the `Parts`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """What the tour's data set begins with, and what arrives."""
+    """The splits that the tour's data set begins with, and the batches that arrive."""
 
     train: Digits
     test: Digits
     good: Digits
     shuffled: Digits
-    """With the labels of other images."""
+    """With permuted labels: ingest has to refuse it."""
     inverted: Digits
+    """With dark digits on a bright background: ingest has to refuse it."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a week brought."""
+    """One row of the printed table: a week, or the rollback."""
 
     week: str
     arrived: str
@@ -77,7 +81,7 @@ class Row:
 
 
 def main() -> int:
-    """Return 0 only if every week ended as the story says."""
+    """Run the tour; return 0 only if every run ended as in `ENDS`."""
     return errors_as_sentences(_tour)
 
 
@@ -96,7 +100,7 @@ def _tour() -> int:
 
 
 def cut() -> Parts:
-    """Draw the tour's images: the same in each tour."""
+    """Draw the tour's images from MNIST, else from the sample; the same ones in each tour."""
     try:
         return divide(fetch_mnist()[0], (1_500, 2_000, 10_000, 1_000, 1_000))
     except MirrorUnreachable as error:
@@ -105,22 +109,23 @@ def cut() -> Parts:
 
 
 def sample_parts(sizes: Sizes = (1_000, 480, 117, 100, 100)) -> Parts:
-    """Return what the tour shows where MNIST cannot be had: all of the sample's 1,797 images.
+    """Return the parts where MNIST cannot be downloaded: all of the sample's 1,797 images.
 
-    A snapshot has 1,000 training images or more, which teach all that the sample holds: the second
-    model is promoted as newer and proved to be no worse. With 360 test images one that is lost may
-    cost that proof.
+    A snapshot has at least 1,000 training images, and more than these hardly improve a model on the
+    sample. The second model is therefore promoted as newer and proved to be no worse. That proof
+    needs a large test split: with 360 images a single one that is lost may cost it.
     """
     train, test = embedded_sample()
-    images = np.concatenate([train.images, test.images])
-    labels = np.concatenate([train.labels, test.labels])
+    images = np.concatenate([train.images, test.images])  # (1797, 28, 28)
+    labels = np.concatenate([train.labels, test.labels])  # (1797,)
     return divide(Digits(images, labels), sizes)
 
 
 def divide(known: Digits, sizes: Sizes) -> Parts:
-    """Cut the parts out of what is known, in the order of `Parts`; spoil the last two."""
+    """Split `known` at random into parts of these sizes, and make the last two faulty."""
     random = np.random.default_rng(SEED)
-    order = random.permutation(len(known))[: sum(sizes)]
+    # One permutation, cut into consecutive pieces: no image is in two parts.
+    order = random.permutation(len(known))[: sum(sizes)]  # (sum(sizes),)
     pieces = np.split(order, np.cumsum(sizes)[:-1])
     train, test, good, other, upright = (
         Digits(known.images[piece], known.labels[piece]) for piece in pieces
@@ -135,7 +140,7 @@ def divide(known: Digits, sizes: Sizes) -> Parts:
 
 
 def begin(dataset: str, parts: Parts) -> None:
-    """Put the archives there that the data set begins with."""
+    """Upload the four base archives of the data set to the store."""
     contents = [
         write_idx(array)
         for split in (parts.train, parts.test)
@@ -148,7 +153,7 @@ def begin(dataset: str, parts: Parts) -> None:
 def tell(
     prefect: SyncPrefectClient, dataset: str, parts: Parts
 ) -> tuple[list[Row], dict[str, str]]:
-    """Run all weeks; return what each brought, and where to look."""
+    """Run all weeks and the rollback; return a row for each, and links by name."""
     begin(dataset, parts)
     weeks: list[dict[str, Digits]] = [
         {},
@@ -157,7 +162,8 @@ def tell(
         {},
     ]
     params = [f"dataset={dataset}", f"promotion={POLICY.model_dump_json(exclude_defaults=True)}"]
-    rows, links = list[Row](), dict[str, str]()
+    rows: list[Row] = []
+    links: dict[str, str] = {}
     for number, batches in enumerate(weeks, start=1):
         arrived = ", ".join(f"{name} ({len(digits):,})" for name, digits in batches.items())
         arrived = arrived or ("nothing" if number > 1 else f"base ({len(parts.train):,})")
@@ -167,19 +173,19 @@ def tell(
         run = watch(prefect, trigger(prefect, "train/weekly", params))
         summary = _conclude(f"week {number}", run, links)
         rows.append(_row(f"{number}", arrived, run, dataset, summary))
-    for verdict in read_ledger(Store(default_store()), dataset):
+    store = Store(default_store())
+    for verdict in read_ledger(store, dataset):
         if not verdict.accepted and verdict.report:
-            place = Store(default_store())
-            links[f"refused: {verdict.batch}"] = place.link(place.name_of(verdict.report))
+            links[f"refused: {verdict.batch}"] = store.link(store.name_of(verdict.report))
     print("\n== A rollback ==")
-    words = [f"model={dataset}-cnn", "reason=the tour shows a rollback", "who=the tour"]
-    run = watch(prefect, trigger(prefect, "promote/rollback", words))
+    params = [f"model={dataset}-cnn", "reason=the tour shows a rollback", "who=the tour"]
+    run = watch(prefect, trigger(prefect, "promote/rollback", params))
     _conclude("rollback", run, links)
     return [*rows, _row("", "a rollback", run, dataset, None)], links
 
 
 def table(rows: list[Row]) -> str:
-    """Return the weeks as lines of equal columns, under their names."""
+    """Return the rows as lines of text in equal columns, under the names of the fields."""
     lines = [tuple(Row.__annotations__), *(astuple(row) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
@@ -189,7 +195,7 @@ def table(rows: list[Row]) -> str:
 
 
 def _conclude(name: str, run: FlowRun, links: dict[str, str]) -> RunSummary | None:
-    """Say how a run ended, and keep its links; return its summary if it wrote one."""
+    """Print a run's verdict and add its links; return its summary, or None if it wrote none."""
     print_verdict(run)
     links[f"{name}: run"] = url_for(run) or ""
     try:
@@ -204,6 +210,7 @@ def _conclude(name: str, run: FlowRun, links: dict[str, str]) -> RunSummary | No
 
 def _row(week: str, arrived: str, run: FlowRun, dataset: str, summary: RunSummary | None) -> Row:
     assert run.state
+    # Read from the registry, not from a summary: a rollback writes none.
     champion = find_champion.fn(f"{dataset}-cnn")
     measured = summary and summary.accuracy
     return Row(

@@ -1,4 +1,4 @@
-"""Make the runs that a person would make, and tell what they do."""
+"""Trigger flow runs by the command line that a person would type, and print their progress."""
 
 import os
 import shlex
@@ -22,7 +22,10 @@ from tasks.services.addresses import without_credentials
 
 
 def errors_as_sentences(work: Callable[[], int]) -> int:
-    """Return the exit code of `work`; tell a fault of the stack in a sentence."""
+    """Return the exit code of `work`; print a StackError as a sentence and return 1.
+
+    Ctrl-C returns 130; a run that is being watched goes on.
+    """
     try:
         return work()
     except StackError as error:
@@ -35,10 +38,11 @@ def errors_as_sentences(work: Callable[[], int]) -> int:
 
 @contextmanager
 def connect_to_prefect(*, local: bool = False) -> Iterator[SyncPrefectClient]:
-    """Speak to the server that `PREFECT_API_URL` names, else, or if `local`, to the local stack.
+    """Connect to the server of `PREFECT_API_URL`; to the local stack if unset, or if `local`.
 
-    The local stack comes whole: its MLflow and its S3 are used as well, also where the variable
-    names it. Elsewhere the caller's own variables hold. Raises StackError if it does not answer.
+    With the local stack's server its MLflow and its S3 are used as well, also where the variable
+    points to it: the stack's variables are set in `os.environ`. With any other server the caller's
+    own variables apply. Raises StackError if the server does not respond.
     """
     stack = Stack.configured()
     if local or is_local(os.environ.get("PREFECT_API_URL"), stack):
@@ -46,7 +50,8 @@ def connect_to_prefect(*, local: bool = False) -> Iterator[SyncPrefectClient]:
     elif missing := missing_services(os.environ):
         url = without_credentials(os.environ["PREFECT_API_URL"])
         print(f"{url} is not the local stack's. {missing}")
-    url = os.environ["PREFECT_API_URL"]  # which Prefect has read already if it was imported before
+    # Passed explicitly: Prefect reads the variable at its import, which is before this call.
+    url = os.environ["PREFECT_API_URL"]
     with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as prefect:
         if fault := prefect.api_healthcheck():
             raise StackError(
@@ -57,14 +62,17 @@ def connect_to_prefect(*, local: bool = False) -> Iterator[SyncPrefectClient]:
 
 
 def is_local(prefect_url: str | None, stack: Stack) -> bool:
-    """Tell whether a PREFECT_API_URL means the local stack; so does one that is not set."""
+    """Return True if a PREFECT_API_URL points to the local stack, as one that is not set does."""
     local = urlsplit(stack.prefect_url)
-    meant = urlsplit(prefect_url or stack.prefect_url)
-    return meant.port == local.port and meant.hostname in {local.hostname, "localhost"}
+    given = urlsplit(prefect_url or stack.prefect_url)
+    return given.port == local.port and given.hostname in {local.hostname, "localhost"}
 
 
 def missing_services(variables: Mapping[str, str]) -> str | None:
-    """Return a sentence on what is needed besides another Prefect server, and is not named."""
+    """Return a sentence on the variables missing for another Prefect server; None if none is.
+
+    S3 counts as configured by any variable of AWS, or by a folder ~/.aws.
+    """
     named = {name.split("_")[0] for name in variables}
     missing = []
     if "MLFLOW_TRACKING_URI" not in variables:
@@ -79,15 +87,19 @@ def missing_services(variables: Mapping[str, str]) -> str | None:
 
 
 def trigger(prefect: SyncPrefectClient, deployment: str, params: list[str]) -> FlowRun:
-    """Type the command that a person would type, and find the run that it made."""
-    spoken = ["deployment", "run", deployment]
-    spoken += [word for param in params for word in ("--param", param)]
-    print(f"\n$ prefect {shlex.join(spoken)}", flush=True)
+    """Print and run `prefect deployment run`; return the flow run that it created.
+
+    `params` are NAME=VALUE. Raises StackError with the command's output if it fails.
+    """
+    arguments = ["deployment", "run", deployment]
+    arguments += [argument for param in params for argument in ("--param", param)]
+    print(f"\n$ prefect {shlex.join(arguments)}", flush=True)
+    # A tag of its own identifies the new run on the server.
     tag = f"typed-{uuid4().hex[:8]}"
-    command = [sys.executable, "-m", "prefect", *spoken, "--tag", tag]
-    typed = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
-    if typed.returncode:
-        raise StackError(f"the run could not be made:\n{typed.stdout}{typed.stderr}")
+    command = [sys.executable, "-m", "prefect", *arguments, "--tag", tag]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise StackError(f"the run could not be made:\n{done.stdout}{done.stderr}")
     (run,) = prefect.read_flow_runs(
         flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=[tag]))
     )
@@ -95,12 +107,13 @@ def trigger(prefect: SyncPrefectClient, deployment: str, params: list[str]) -> F
 
 
 def watch(prefect: SyncPrefectClient, run: FlowRun) -> FlowRun:
-    """Wait for the run's end, telling each stage as it begins."""
-    began, told = time.monotonic(), set[str]()
+    """Wait for the run's end and print each stage as it begins; return the final run."""
+    began = time.monotonic()
+    printed: set[str] = set()
     while not (run.state and run.state.is_final()):
         for stage in stages(prefect, run):
-            if stage.name not in told:
-                told.add(stage.name)
+            if stage.name not in printed:
+                printed.add(stage.name)
                 print(f"{time.monotonic() - began:6.1f} s  {title(stage)}", flush=True)
         time.sleep(0.5)
         run = prefect.read_flow_run(run.id)
@@ -108,7 +121,7 @@ def watch(prefect: SyncPrefectClient, run: FlowRun) -> FlowRun:
 
 
 def stages(prefect: SyncPrefectClient, run: FlowRun) -> list[TaskRun]:
-    """Return what the run has begun, in order."""
+    """Return the task runs of a flow run, in order of their expected start."""
     return prefect.read_task_runs(
         flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id])),
         sort=TaskRunSort.EXPECTED_START_TIME_ASC,
@@ -116,11 +129,11 @@ def stages(prefect: SyncPrefectClient, run: FlowRun) -> list[TaskRun]:
 
 
 def title(stage: TaskRun) -> str:
-    """Return a stage's name as a person would write it."""
+    """Return a stage's title: its name without Prefect's suffix, in plain words."""
     return stage.name.rsplit("-", 1)[0].replace("_", " ")
 
 
 def print_verdict(run: FlowRun) -> None:
-    """Print the state in which the run ended, and why."""
+    """Print the final state of a run, and its reason."""
     assert run.state
     print(f"\n{str(run.state.name).upper()}: {run.state.message}\n")

@@ -1,4 +1,4 @@
-"""How accepted images are distributed, and how far arriving ones have moved from that."""
+"""Reference profile: histograms of accepted images, and the drift of arriving ones from them."""
 
 from typing import TYPE_CHECKING, Any, Self
 
@@ -14,15 +14,21 @@ if TYPE_CHECKING:
 FEATURES = ("label", "ink", "stroke_width", "slant", "mean", "contrast")
 """The columns of the image table whose distribution is compared."""
 
-WORTH_A_LOOK, ANOTHER_POPULATION = 0.1, 0.25
-"""What a population stability index is commonly held against (N. Siddiqi, Credit Risk Scorecards,
-2006)."""
+# The common thresholds of a population stability index (N. Siddiqi, Credit Risk Scorecards, 2006).
+WORTH_A_LOOK = 0.1
+"""Population stability index above which a change is worth a look."""
 
-_BINS = 10
+ANOTHER_POPULATION = 0.25
+"""Population stability index above which the images count as another population."""
+
+_BINS = 10  # of every feature but the label, which has a bin for each digit
 
 
 class FeatureProfile(BaseModel, frozen=True, extra="forbid"):
-    """One feature's histogram: `counts` has one number more than there are inner `edges`."""
+    """Histogram of one feature: ascending inner `edges`, and one count more than edges.
+
+    The first and the last bin are open, so that every value has a bin.
+    """
 
     edges: tuple[float, ...]
     counts: tuple[int, ...]
@@ -45,17 +51,21 @@ class FeatureProfile(BaseModel, frozen=True, extra="forbid"):
 
 
 class ReferenceProfile(BaseModel, frozen=True, extra="forbid"):
-    """The histograms of accepted images, by feature."""
+    """Histograms of accepted images by feature."""
 
     features: dict[str, FeatureProfile]
 
     @property
     def images(self) -> int:
-        """How many images were counted."""
+        """The number of images; each has exactly one label."""
         return sum(self.features["label"].counts)
 
     def extended(self, table: "pd.DataFrame") -> "ReferenceProfile":
-        """Return the profile with the images of a table counted in as well, in the same bins."""
+        """Return a profile that also counts the images of `table`, in the same bins.
+
+        The edges stay those of the first images, so that the profiles of one data set can be
+        compared with each other.
+        """
         features = {}
         for feature, profile in self.features.items():
             values = table[feature].to_numpy()
@@ -68,7 +78,7 @@ class ReferenceProfile(BaseModel, frozen=True, extra="forbid"):
 
 
 class Change(BaseModel, frozen=True):
-    """How far one feature has moved between two profiles."""
+    """Change of one feature, or of one digit's share, between two profiles."""
 
     feature: str
     before: float
@@ -79,9 +89,9 @@ class Change(BaseModel, frozen=True):
 
 
 def compare_profiles(before: ReferenceProfile, after: ReferenceProfile) -> list[Change]:
-    """Return what has changed in image statistics and label mix, features first, then digits.
+    """Return the changes of image statistics and label mix, features first, then digits.
 
-    Both have the same bins, as all profiles of one data set have; ValueError if they do not.
+    Profiles of one data set have the same bins. Raises ValueError if the bins differ.
     """
     changes = []
     for feature, old in before.features.items():
@@ -109,7 +119,7 @@ def compare_profiles(before: ReferenceProfile, after: ReferenceProfile) -> list[
 
 
 def reference_profile(table: "pd.DataFrame") -> ReferenceProfile:
-    """Return the profile of an image table: a bin for each digit, and tenths of every feature.
+    """Return the profile of an image table: a bin for each digit, and deciles of every feature.
 
     Raises ValueError for a table without rows.
     """
@@ -119,10 +129,10 @@ def reference_profile(table: "pd.DataFrame") -> ReferenceProfile:
     for feature in FEATURES:
         values = table[feature].to_numpy()
         if feature == "label":
-            edges = np.arange(1, CLASSES) - 0.5
+            edges = np.arange(1, CLASSES) - 0.5  # (9,): half-way between neighbouring digits
         else:
-            # Tied values can make tenths coincide; equal edges would leave a bin always empty.
-            edges = np.unique(np.quantile(values, np.arange(1, _BINS) / _BINS))
+            # Tied values can make deciles coincide; equal edges would leave a bin always empty.
+            edges = np.unique(np.quantile(values, np.arange(1, _BINS) / _BINS))  # at most (9,)
         profiles[feature] = FeatureProfile(
             edges=tuple(edges.tolist()),
             counts=tuple(_counts(values, edges).tolist()),
@@ -134,8 +144,8 @@ def reference_profile(table: "pd.DataFrame") -> ReferenceProfile:
 def drift_table(table: "pd.DataFrame", reference: ReferenceProfile) -> "pd.DataFrame":
     """Return one row with `psi_FEATURE`: the population stability index against `reference`.
 
-    The sum over bins of (p - q) ln(p / q). Half an image is added to each bin, so that an empty one
-    does not make it infinite.
+    The index is the sum over bins of (p - q) ln(p / q). Half an image is added to each bin, so that
+    an empty one does not make the index infinite.
     """
     import pandas as pd
 
@@ -148,14 +158,16 @@ def drift_table(table: "pd.DataFrame", reference: ReferenceProfile) -> "pd.DataF
 
 
 def _stability_index(arrived: NDArray[np.int64], accepted: NDArray[np.int64]) -> float:
-    p, q = _shares(arrived), _shares(accepted)
+    p = _shares(arrived)  # (bins,)
+    q = _shares(accepted)  # (bins,)
     return float(((p - q) * np.log(p / q)).sum())
 
 
 def _counts(values: NDArray[Any], edges: NDArray[Any]) -> NDArray[np.int64]:
+    # A value equal to an edge belongs to the bin above it. `minlength` keeps empty last bins.
     return np.bincount(np.searchsorted(edges, values, side="right"), minlength=len(edges) + 1)
 
 
 def _shares(counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    smoothed = counts + 0.5
+    smoothed = counts + 0.5  # (bins,), never 0
     return np.asarray(smoothed / smoothed.sum())

@@ -1,7 +1,7 @@
-"""The validation report as one HTML page that opens anywhere, also without a network.
+"""The validation report as one self-contained HTML page, readable without a network.
 
-Verdict, failures and pictures come first, in our words; below them, the Data Docs of each suite as
-Great Expectations renders them, in a frame of their own so that two stylesheets do not meet.
+Verdict, failures and pictures come first. Below them are the Data Docs of each suite as Great
+Expectations renders them, in a frame each, so that the two stylesheets do not mix.
 """
 
 import base64
@@ -36,8 +36,9 @@ summary { cursor: pointer; margin-top: 1rem }
 iframe { width: 100%; height: 85vh; border: 1px solid var(--line); margin-top: .5rem }
 """
 
-# Great Expectations' template takes these from the net, which may not be there.
-_FROM_THE_NET = re.compile(
+# Parts of Great Expectations' template that load from the network, which may not be there, and the
+# scripts, buttons and footer around them.
+_REMOTE_PARTS = re.compile(
     r'<script[^>]*\bsrc="[^"]*"[^>]*>\s*</script>|<link[^>]*>|<img[^>]*\bsrc="https?:[^>]*>'
     r"|<script>.*?</script>|<button.*?</button>|<footer.*?</footer>|url\('?https?:[^)]*\)",
     re.DOTALL,
@@ -68,9 +69,9 @@ def render_report(
 ) -> str:
     """Return `report` as a self-contained HTML page: verdict, failures, then every expectation.
 
-    `images` maps the name of a suite to the uint8 (N, height, width) images that its table was made
-    of; those that failed are then shown below their finding, with what `say` says of each row.
-    `worst` maps a column to the rows to show of it, where the first ones are not telling.
+    `images` maps the name of a suite to the images of its table, uint8 (N, height, width). Those
+    that failed are then shown below their finding, each with the caption `say(row)`. `worst` maps a
+    column to the rows to show for it instead of the first offending ones.
     """
     failed = [finding for finding in report.findings if not finding.success]
     verdict = (
@@ -88,6 +89,7 @@ def render_report(
         )
         rows = (worst or {}).get(finding.column or "", finding.rows)
         blocks.append(_gallery(rows, (images or {}).get(finding.suite), say))
+    # Findings on a whole table, such as a mean, have no rows: show the first images as examples.
     if failed and not any(finding.rows for finding in failed):
         for suite, all_images in (images or {}).items():
             blocks.append(f"<h2>The first of the {escape(suite)}</h2>")
@@ -97,6 +99,7 @@ def render_report(
     )
     for suite, results in report.raw.items():
         met = sum(result["success"] for result in results["results"])
+        # `sandbox` without values: the frame runs no script.
         blocks.append(
             f"<details><summary>{escape(suite.capitalize())}: {met} of {len(results['results'])} "
             f'expectations met</summary><iframe sandbox title="Data Docs: {escape(suite)}" '
@@ -109,11 +112,11 @@ def render_report(
 
 
 def render_data_docs(results: Mapping[str, Any]) -> str:
-    """Return Great Expectations' own page about one suite's results, with nothing from the net.
+    """Return Great Expectations' own page about one suite's results, without remote parts.
 
     `results` is an entry of `ValidationReport.raw`.
     """
-    # Great Expectations takes 2 s to import.
+    # Imported here because Great Expectations takes 2 s to import.
     from great_expectations.core.expectation_validation_result import (
         expectationSuiteValidationResultSchema,
     )
@@ -125,26 +128,28 @@ def render_data_docs(results: Mapping[str, Any]) -> str:
     result = expectationSuiteValidationResultSchema.load(dict(results))
     document = ValidationResultsPageRenderer(run_info_at_end=True).render(result)
     page: str = DefaultJinjaPageView().render(document)
-    return _FROM_THE_NET.sub("", page).replace("</head>", _DOCS_STYLE, 1)
+    return _REMOTE_PARTS.sub("", page).replace("</head>", _DOCS_STYLE, 1)
 
 
 def _gallery(
-    rows: Sequence[int], images: NDArray[np.uint8] | None, say: Callable[[int], str]
+    rows: Sequence[int], images: NDArray[np.uint8] | None, caption: Callable[[int], str]
 ) -> str:
     if images is None:
         return ""
     return "".join(
         f'<figure><img alt="image {row}" src="data:image/png;base64,'
-        f'{base64.b64encode(_png(images[row])).decode()}"><figcaption>{escape(say(row))}'
+        f'{base64.b64encode(_png(images[row])).decode()}"><figcaption>{escape(caption(row))}'
         "</figcaption></figure>"
         for row in rows[:_SHOWN]
     )
 
 
 def _png(image: NDArray[np.uint8]) -> bytes:
-    """Encode one grey image; see https://www.w3.org/TR/png/."""
+    """Encode one grey image (height, width) as PNG; see https://www.w3.org/TR/png/."""
     height, width = image.shape
-    lines = np.pad(image, ((0, 0), (1, 0))).tobytes()  # each line starts with filter type 0
+    # (height, 1 + width): each line starts with its filter type, 0 for none.
+    lines = np.pad(image, ((0, 0), (1, 0))).tobytes()
+    # 8 bits, colour type 0 (grey), then the standard compression and filter, no interlacing.
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(

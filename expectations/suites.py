@@ -1,9 +1,9 @@
-"""What images must look like before anything is trained on them, as Great Expectations suites.
+"""Great Expectations suites for images, applied before anything is trained on them.
 
-A failed `critical` expectation refuses the data; a failed `warning` is reported. Every bound has a
-comment with what honest data shows: M is MNIST's training split, S the training part of the
-embedded sample of 1,797 digits. Columns are those of
-`expectations.image_table`, and those that `expectations.validation` joins to it.
+A failed `critical` expectation refuses the data; a failed `warning` is reported. The comment at a
+bound gives the value of honest data: M is MNIST's training split, S the training part of the
+embedded sample of 1,797 digits. Columns are those of `expectations.image_table`, and those that
+`expectations.validation` joins to it.
 """
 
 from collections.abc import Iterable
@@ -15,17 +15,18 @@ from great_expectations.expectations.metadata_types import FailureSeverity
 from expectations.image_table import CLASSES, SIDE, TURNS
 from expectations.reference import ANOTHER_POPULATION, WORTH_A_LOOK
 
-CRITICAL, WARNING = FailureSeverity.CRITICAL, FailureSeverity.WARNING
+CRITICAL = FailureSeverity.CRITICAL
+WARNING = FailureSeverity.WARNING
 
 FEWEST_ARRIVING = 100
-"""Of fewer images nobody can say whether they are upright and rightly labelled."""
+"""Least size of a batch whose orientation and labels can be judged."""
 
 MOST = 0.99
-"""Share of images that a bound on single images must hold for, where it is not all of them."""
+"""Share of images that must keep a bound on single images, where not all of them must."""
 
 
 def training_images() -> ExpectationSuite:
-    """Return the suite for the training split, joined with what recurs in the test split."""
+    """Return the suite for the training split, joined with `in_test` and `near_test`."""
     expectations = [
         *_size(at_least=1_000),  # M 60,000; S 1,438
         *_each_image(),
@@ -46,9 +47,11 @@ def test_images() -> ExpectationSuite:
 
 
 def arriving_images(images: int, *, with_champion: bool) -> ExpectationSuite:
-    """Return the suite for a batch of so many images that wants to become training data.
+    """Return the suite for an arriving batch of `images` images.
 
-    `with_champion` adds what needs the column `champion_contradicts`.
+    `with_champion` adds the expectations on the column `champion_contradicts`. A batch of fewer
+    than `FEWEST_ARRIVING` images fails the expectation on its size; those on the batch as a whole
+    are left out.
     """
     together = [*_whole_split(), *(_plausible_labels() if with_champion else ())]
     expectations = [
@@ -64,7 +67,8 @@ def arriving_images(images: int, *, with_champion: bool) -> ExpectationSuite:
 def arriving_distribution(features: Iterable[str]) -> ExpectationSuite:
     """Return the suite for the population stability indices of `expectations.reference`.
 
-    Of 200 random batches of 500 to 5,000 MNIST images none reached 0.05 in any feature.
+    Of 200 random batches of 500 to 5,000 MNIST images none reached 0.05 in any feature, which is
+    half the bound that warns.
     """
     expectations = [
         gxe.ExpectColumnMaxToBeBetween(
@@ -91,7 +95,7 @@ def _size(at_least: int) -> list[gxe.Expectation]:
 
 
 def _each_image() -> list[gxe.Expectation]:
-    """Return what holds for single images, so also in a batch of one."""
+    """Return the expectations on single images, which apply to a batch of one as well."""
     return [
         gxe.ExpectColumnValuesToBeInSet(
             column="height",
@@ -186,7 +190,8 @@ def _each_image() -> list[gxe.Expectation]:
 
 
 def _whole_split() -> list[gxe.Expectation]:
-    """Return what holds for some hundred images of all ten digits together."""
+    """Return the expectations on some hundred images of all ten digits together."""
+    # A few images may look better turned; the mean over many shows a turned data set.
     upright = [
         gxe.ExpectColumnMeanToBeBetween(
             column=f"upright_over_{turn}",
@@ -196,6 +201,7 @@ def _whole_split() -> list[gxe.Expectation]:
         )
         for turn in TURNS
     ]
+    # The mean hides a turned minority, so the share of such images is bounded as well.
     turned = [
         gxe.ExpectColumnValuesToBeBetween(
             column="upright_over_any",
@@ -281,7 +287,11 @@ def _even_labels(threshold: float, severity: FailureSeverity) -> gxe.Expectation
 
 
 def _unseen_in(split: str) -> list[gxe.Expectation]:
-    """Return what leakage breaks: `in_SPLIT` and `near_SPLIT` say which images recur there."""
+    """Return the expectations against leakage, on the columns `in_SPLIT` and `near_SPLIT`.
+
+    `in_SPLIT` marks images whose pixels recur in that split, `near_SPLIT` those whose coarse
+    pattern does.
+    """
     return [
         gxe.ExpectColumnValuesToBeInSet(
             column=f"in_{split}",
@@ -307,7 +317,7 @@ def _unseen_in(split: str) -> list[gxe.Expectation]:
 
 
 def _new() -> list[gxe.Expectation]:
-    """Return what a batch that was sent twice breaks: `in_accepted` says which images are known."""
+    """Return the expectations against a batch that is sent twice, on the column `in_accepted`."""
     return [
         gxe.ExpectColumnValuesToBeInSet(
             column="in_accepted",
@@ -326,7 +336,10 @@ def _new() -> list[gxe.Expectation]:
 
 
 def _plausible_labels() -> list[gxe.Expectation]:
-    """Return what wrong labels break, for a champion that is right about 99 of 100 images."""
+    """Return the expectations against wrong labels, on the column `champion_contradicts`.
+
+    The bounds are for a champion that classifies 99 of 100 images correctly.
+    """
     return [
         gxe.ExpectColumnValuesToBeInSet(
             column="champion_contradicts",

@@ -1,4 +1,4 @@
-"""Run the suites on image tables and say in plain sentences what failed."""
+"""Validation of image tables by the suites, with a plain sentence for each finding."""
 
 import math
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,14 +13,15 @@ if TYPE_CHECKING:
     import pandas as pd
     from great_expectations import ExpectationSuite
 
+# Chance alone gives 100 images a population stability index of about 0.1, and 500 of 0.02.
 FEWEST_FOR_DRIFT = 500
-"""Chance alone gives 100 images a population stability index of about 0.1, and 500 of 0.02."""
+"""Least size of a batch whose distribution is compared with the accepted images."""
 
 _SHOWN = 5  # offending values named in a sentence
 
 
 class Finding(BaseModel, frozen=True, extra="forbid"):
-    """What one expectation found.
+    """Result of one expectation.
 
     `observed` is a number, a list or a phrase, as the expectation measures it; `rows` are the first
     20 offending rows of the table, where the expectation is about single images.
@@ -39,7 +40,7 @@ class Finding(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def sentence(self) -> str:
-        """Name the suite, the expectation and its column, what was observed and the bound."""
+        """One line: suite, expectation, column, observed value and bound."""
         return (
             f"{self.suite}: {self.expectation}({self.column or ''}): "
             f"observed {self.observed}, expected {self.expected}"
@@ -47,9 +48,9 @@ class Finding(BaseModel, frozen=True, extra="forbid"):
 
 
 class ValidationReport(BaseModel, frozen=True, extra="forbid"):
-    """What all suites found; `raw` holds Great Expectations' own results by suite, as JSON does.
+    """Findings of all suites; `raw` holds Great Expectations' own results by suite, JSON-ready.
 
-    `skipped` says in a sentence each what could not be judged, and why.
+    `skipped` has a sentence for each part that could not be judged, with the reason.
     """
 
     findings: tuple[Finding, ...]
@@ -68,11 +69,12 @@ class ValidationReport(BaseModel, frozen=True, extra="forbid"):
 
 
 def validate(training_table: "pd.DataFrame", test_table: "pd.DataFrame") -> ValidationReport:
-    """Judge both splits, each by its own suite, and training images that recur among test images.
+    """Validate both splits, each by its own suite, and check the training split for leakage.
 
-    Both tables come from `image_table` and are not changed.
+    Leakage is a training image that recurs in the test split. Both tables come from `image_table`
+    and are not changed.
     """
-    from expectations import suites
+    from expectations import suites  # imports Great Expectations, which takes 2 s
 
     training = training_table.assign(
         in_test=training_table["digest"].isin(test_table["digest"]),
@@ -88,13 +90,14 @@ def validate_batch(
     holdout: "pd.DataFrame",
     reference: ReferenceProfile | None = None,
 ) -> ValidationReport:
-    """Judge an arriving batch by itself, and against what was accepted and what is held out.
+    """Validate an arriving batch, alone and against the accepted images and the holdout.
 
-    `table` and `holdout` come from `image_table`; `accepted` are the digests of all accepted
-    images. The boolean column `champion_contradicts`, if `table` has it, says where the champion is
-    sure of another label. What cannot be judged is named in `skipped`.
+    `table` and `holdout` come from `image_table`; `accepted`, int64 (M,), are the digests of all
+    accepted images. The boolean column `champion_contradicts`, if `table` has it, marks the images
+    whose label the champion contradicts (see `expectations.champion_view`). The report's `skipped`
+    names the parts that cannot be judged.
     """
-    from expectations import suites
+    from expectations import suites  # imports Great Expectations, which takes 2 s
 
     joined = table.assign(
         in_accepted=table["digest"].isin(accepted),
@@ -119,6 +122,7 @@ def validate_batch(
             f"expected at least {FEWEST_FOR_DRIFT}"
         )
     else:
+        # Drift has a table and a suite of its own: one row a batch instead of one row an image.
         drift = drift_table(table, reference)
         pairs.append((suites.arriving_distribution(reference.features), drift))
     return _judged(pairs, tuple(skipped))
@@ -127,7 +131,7 @@ def validate_batch(
 def _judged(
     pairs: "list[tuple[ExpectationSuite, pd.DataFrame]]", skipped: tuple[str, ...] = ()
 ) -> ValidationReport:
-    """Validate each table by its suite in a context that lives in memory and asks no network."""
+    """Validate each table by its suite in a context in memory, without any network access."""
     import great_expectations as gx
     from great_expectations.data_context.types.base import (
         DataContextConfig,
@@ -142,7 +146,8 @@ def _judged(
     )
     context = gx.get_context(mode="ephemeral", project_config=configuration)
     frames = context.data_sources.add_pandas("memory")
-    findings, raw = [], {}
+    findings = []
+    raw = {}
     for suite, table in pairs:
         definition = frames.add_dataframe_asset(suite.name).add_batch_definition_whole_dataframe(
             "all"
@@ -155,7 +160,7 @@ def _judged(
 
 
 def _plain(value: Any) -> Any:
-    """Return `value` as JSON can hold it: no NumPy scalar, and None for what is not finite."""
+    """Return `value` in JSON types: Python scalars for NumPy's, None for NaN and infinity."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -166,8 +171,10 @@ def _plain(value: Any) -> Any:
 
 
 def _finding(suite: str, single: dict[str, Any]) -> Finding:
-    """Turn one result of Great Expectations into words."""
-    configuration, result = single["expectation_config"], single["result"]
+    """Return the finding of one result of Great Expectations."""
+    configuration = single["expectation_config"]
+    result = single["result"]
+    # `batch_id` is an id that Great Expectations adds, not a bound.
     bounds = {key: value for key, value in configuration["kwargs"].items() if key != "batch_id"}
     failure = _failure(single["exception_info"])
     return Finding(
@@ -175,7 +182,7 @@ def _finding(suite: str, single: dict[str, Any]) -> Finding:
         expectation=configuration["type"],
         column=bounds.pop("column", None),
         bounds=bounds,
-        # What cannot be judged is not accepted.
+        # An expectation that could not be evaluated refuses the data, whatever its severity.
         severity="critical" if failure else configuration["severity"],
         description=configuration.get("description", ""),
         success=single["success"],
@@ -186,9 +193,9 @@ def _finding(suite: str, single: dict[str, Any]) -> Finding:
 
 
 def _failure(exception_info: dict[str, Any]) -> str:
-    """Return why an expectation could not be evaluated, or nothing.
+    """Return the error in evaluating an expectation; an empty string if there was none.
 
-    The information is one record, or one for each metric that failed.
+    `exception_info` is one record, or a mapping of records, one for each metric that failed.
     """
     records = exception_info.values() if "raised_exception" not in exception_info else ()
     for record in [exception_info, *records]:
@@ -198,19 +205,21 @@ def _failure(exception_info: dict[str, Any]) -> str:
 
 
 def _observed(expectation: str, result: dict[str, Any]) -> str:
-    if "unexpected_count" not in result:
+    if "unexpected_count" not in result:  # on the whole column or table, not on its rows
         value = result["observed_value"]
         return "nothing that can be measured" if value is None else _number(value)
     count = f"{result['unexpected_count']} of {result['element_count']}"
     if expectation == "expect_column_values_to_be_unique":
         return f"{count} repeated"
+    # The keys of a dict are the distinct values in their order of occurrence.
     values = dict.fromkeys(_number(value) for value in result["partial_unexpected_list"])
     shown = f" ({', '.join(list(values)[:_SHOWN])})" if values else ""
     return f"{count} outside{shown}"
 
 
 def _expected(bounds: dict[str, Any]) -> str:
-    low, high = bounds.get("min_value"), bounds.get("max_value", bounds.get("threshold"))
+    low = bounds.get("min_value")
+    high = bounds.get("max_value", bounds.get("threshold"))
     if "value_set" in bounds:
         phrase = " or ".join(map(str, bounds["value_set"]))
     elif low is not None and high is not None:
@@ -219,13 +228,13 @@ def _expected(bounds: dict[str, Any]) -> str:
         phrase = f"at least {_number(low)}"
     elif high is not None:
         phrase = f"at most {_number(high)}"
-    else:
+    else:  # the only expectation without bounds is the one on unique values
         phrase = "no value twice"
     return f"{phrase} in at least {bounds['mostly']:.0%}" if "mostly" in bounds else phrase
 
 
 def _number(value: Any) -> str:
-    """Write a number as short as it stays exact enough to compare with its bound."""
+    """Format a number briefly: four significant digits, enough to compare it with its bound."""
     if isinstance(value, float):
         return f"{value:.4g}" if value != round(value) else f"{value:.0f}"
     return str(value)

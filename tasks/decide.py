@@ -1,4 +1,4 @@
-"""Gather what the decision needs, decide purely, and keep the record."""
+"""Decide on a promotion: gather the evaluations, decide purely, store the record."""
 
 import io
 from datetime import UTC, datetime
@@ -24,24 +24,28 @@ def decide_promotion(
 ) -> tuple[Decision, str]:
     """Decide whether the candidate replaces the champion; return the decision and its address.
 
-    The record of every decision on a test split lies together, promotions and rejections alike, so
-    that they can be counted. A repeat within the same flow run returns what was decided against the
-    same champion. `snapshot` is what both were measured on and what the candidate was trained on.
-    Raises ValueError if the manifest of what the champion was trained on cannot be read.
+    All decisions on a test split are stored in one folder, promotions and rejections alike, so that
+    they can be counted. A repeat within the same flow run returns the earlier decision against the
+    same champion. `snapshot` is the one that both were evaluated on and that the candidate was
+    trained on. Raises ValueError if the manifest of the champion's snapshot cannot be read.
     """
     store = Store(snapshot.store)
     test = read_split(snapshot, "test")
     test_split = test.digest()
     folder = f"datasets/{snapshot.dataset}/decisions/{test_split}/"
-    earlier = store.names(folder)  # they begin with the time, so that this is their order
+    earlier = store.names(folder)  # a name begins with the time, so these are in order
     decided = [Decision.model_validate_json(store.get(name)) for name in earlier]
     against = champion[0].model if champion else None
+    # A retry keeps its decision, which may have been carried out already. Once the champion is
+    # another, the run decides anew.
     for name, made in zip(earlier, decided, strict=True):
         if name.endswith(f"{runtime.flow_run.id}.json") and made.champion == against:
             return made, store.address_of(name)
     history = ReuseHistory(test_split, tuple(decision.candidate for decision in decided))
-    ours, theirs = score(candidate, store, test, test_split, snapshot.until), None
+    ours = score(candidate, store, test, test_split, snapshot.until)
+    theirs = None
     if champion:
+        # The champion's data may be older than the snapshot it is evaluated on.
         measured, version = champion
         theirs = score(measured, store, test, test_split, _data_until(version, snapshot))
     decision = decide(ours, theirs, policy, history)
@@ -54,11 +58,12 @@ def decide_promotion(
 def score(
     measured: Evaluation, store: Store, test: Digits, test_split: str, until: datetime | None
 ) -> Scored:
-    """Read the outcome of every image of an evaluation and put it beside its figures.
+    """Return an evaluation's figures together with the outcome of every image.
 
-    `until` is when the newest batch was accepted that the model was trained on, None without one.
+    `until` is the time of the newest batch in the model's training data, None without one.
     """
     arrays = np.load(io.BytesIO(store.get(store.name_of(measured.outcomes))), allow_pickle=False)
+    # (N, 10) -> (N,) bool
     right = arrays["probabilities"].argmax(1) == test.labels
     return Scored(
         model=measured.model,
@@ -66,6 +71,7 @@ def score(
         test_split=test_split,
         labels=test.labels,
         right=right,
+        # Every other array holds predicted digits under one factor: (N,) -> (N,) bool
         factors={
             name: arrays[name] == test.labels for name in arrays.files if name != "probabilities"
         },
@@ -79,7 +85,7 @@ def score(
 
 
 def _data_until(champion: ModelVersion, snapshot: Snapshot) -> datetime | None:
-    """Return when the newest batch was accepted that the champion was trained on."""
+    """Return the time of the newest batch in the champion's training data."""
     if champion.snapshot == snapshot.digest:
         return snapshot.until
     try:

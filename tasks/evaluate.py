@@ -1,4 +1,4 @@
-"""Measure candidate and champion afresh on the same test images, clean and corrupted."""
+"""Evaluate candidate and champion afresh on the same test images, clean and corrupted."""
 
 import io
 from collections.abc import Mapping
@@ -22,18 +22,19 @@ if TYPE_CHECKING:
 
     from mnist_cnn.evaluation import Outcomes
 
-_DEVICE_DIFFERENCE = 0.002  # of accuracy: another device may round a few images to another digit
+# Tolerated difference of accuracy: rounding on another device may flip the digit of a few images.
+_DEVICE_DIFFERENCE = 0.002
 
 
 @step
 def evaluate_models(models: Mapping[str, str], snapshot: Snapshot) -> dict[str, Evaluation]:
-    """Measure models, given as role and address, on the snapshot's test split.
+    """Evaluate models, given as role and address, on the snapshot's test split.
 
-    Every model sees the very same images, and each is corrupted only once. The outcome of every
-    image is stored. Raises ModelUnusable for a model that does not load or classify; a "previous"
-    that does not load is only left out, since it decides nothing.
+    All models are evaluated on the very same images, and each image is corrupted only once. The
+    outcome of every image is stored. Raises ModelUnusable for a model that does not load or
+    classify; a "previous" that does not load is only left out, since no decision depends on it.
     """
-    follow_quota()
+    follow_quota()  # bounds torch's threads by the container's CPU quota
     loaded = {}
     for role, address in models.items():
         try:
@@ -42,7 +43,8 @@ def evaluate_models(models: Mapping[str, str], snapshot: Snapshot) -> dict[str, 
             if role != "previous":
                 raise
             get_run_logger().warning("the previous champion is not shown: %s", error)
-    train, test = read_split(snapshot, "train"), read_split(snapshot, "test")
+    train = read_split(snapshot, "train")
+    test = read_split(snapshot, "test")
     evaluations, outcomes = evaluate_networks(loaded, models, snapshot, (train, test))
     store = Store(snapshot.store)
     pictures = _draw(evaluations, outcomes["candidate"], loaded["candidate"][0], test)
@@ -57,9 +59,10 @@ def evaluate_networks(
     snapshot: Snapshot,
     splits: tuple[Digits, Digits],
 ) -> tuple[dict[str, Evaluation], "dict[str, Outcomes]"]:
-    """Measure networks, given with the bytes of their files, and store their outcomes.
+    """Evaluate networks and store their outcomes; return evaluations and outcomes by role.
 
-    `splits` are the snapshot's training and test images.
+    `loaded` holds each network with the size of its file, bytes. `splits` are the snapshot's
+    training and test images. Raises ModelUnusable for a network that does not classify.
     """
     from mnist_cnn.evaluation import evaluate, measure_all
     from mnist_cnn.evaluation.cost import measure_size, measure_times
@@ -70,6 +73,7 @@ def evaluate_networks(
     train, test = splits
     networks = {role: network for role, (network, _) in loaded.items()}
     try:
+        # All at once: each corruption is drawn once and every network predicts the same pixels.
         measured = measure_all(networks, test)
     except ValueError as error:
         raise ModelUnusable(
@@ -105,9 +109,10 @@ def evaluate_networks(
 @step
 @registry_errors("the version to try")
 def try_version(version: ModelVersion, store: str) -> float:
-    """Load a version and let it classify the test images of its own snapshot; return its accuracy.
+    """Load a version and return its accuracy on the test split of its own snapshot.
 
-    Raises ModelUnusable if it does not load, or does not do what it did when it was evaluated.
+    Raises ModelUnusable if it does not load, or if its accuracy differs from the recorded one by
+    more than another device explains.
     """
     from mlflow import MlflowClient
 
@@ -116,6 +121,7 @@ def try_version(version: ModelVersion, store: str) -> float:
     network, _ = load_model(version.model)
     dataset = version.name.removesuffix("-cnn")
     test = read_split(read_snapshot(Store(store), dataset, version.snapshot), "test")
+    # (N, 28, 28) uint8 -> (N, 10) -> (N,)
     accuracy = float((predict(network, test.images).argmax(1) == test.labels).mean())
     tags = MlflowClient().get_model_version(version.name, version.version).tags
     expected = float(tags["accuracy"])
@@ -131,10 +137,11 @@ def try_version(version: ModelVersion, store: str) -> float:
 def _draw(
     evaluations: Mapping[str, Evaluation], outcomes: "Outcomes", model: "nn.Module", test: Digits
 ) -> dict[str, bytes]:
-    """Draw the pictures of the candidate's card, as PNG."""
+    """Draw the pictures of the candidate's card; return PNGs by name."""
     from mnist_cnn.evaluation import plots
 
-    ours, theirs = evaluations["candidate"], evaluations.get("champion")
+    ours = evaluations["candidate"]
+    theirs = evaluations.get("champion")
     return {
         "confusion": plots.plot_confusion(ours),
         "factors": plots.plot_factors(ours, theirs),
@@ -147,6 +154,7 @@ def _draw(
 
 
 def _packed(outcomes: "Outcomes") -> bytes:
+    # No pickle: loading one runs code.
     content = io.BytesIO()
     np.savez_compressed(content, allow_pickle=False, **outcomes.arrays())
     return content.getvalue()

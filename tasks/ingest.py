@@ -1,4 +1,4 @@
-"""Take in what has arrived: accept it as shards, or put it aside with the reason."""
+"""Ingest arriving batches: accept one as shards, or quarantine it with the reason."""
 
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -44,31 +44,35 @@ _INTAKE = "intake"
 
 
 class Arrivals(BaseModel, frozen=True):
-    """What lies under `incoming/`, by the names of the batches."""
+    """The batches under `incoming/`, by name."""
 
     complete: list[str]
     waiting: list[str]
-    """They have no marker and were written to a short time ago."""
+    """Batches without a marker that were written to a short time ago."""
     judged: list[Verdict] = []
-    """What an earlier attempt of this flow run has judged."""
+    """Verdicts of an earlier attempt of this flow run."""
 
 
 @step
 def find_arrivals(snapshot: Snapshot, quiet_minutes: float) -> Arrivals:
-    """Finish what an earlier ingest left undone, and return the batches that are there.
+    """Finish the moves of an earlier ingest, and list the batches under `incoming/`.
 
     A batch is complete once it holds the marker `_SUCCESS`, or nothing was written to it for
     `quiet_minutes`.
     """
-    store, dataset = Store(snapshot.store), snapshot.dataset
+    store = Store(snapshot.store)
+    dataset = snapshot.dataset
     with exclusive(dataset, "ingest"):
         ledger = _settled_ledger(store, dataset)
-    folder, now = incoming_folder(dataset), store.time()
+    folder = incoming_folder(dataset)
+    now = store.time()  # by the server's clock, which dates the objects; ours may be off
     batches: dict[str, list[Entry]] = {}
     for entry in _objects(store, folder):
         name, inside, _ = entry.name.removeprefix(folder).partition("/")
+        # Files directly under incoming/ form the batch "", which is quarantined.
         batches.setdefault(name if inside else "", []).append(entry)
-    complete, waiting = list[str](), list[str]()
+    complete: list[str] = []
+    waiting: list[str] = []
     for name, entries in batches.items():
         marked = any(entry.name == f"{folder}{name}/{MARKER}" for entry in entries)
         newest = max(entry.modified for entry in entries)
@@ -80,22 +84,26 @@ def find_arrivals(snapshot: Snapshot, quiet_minutes: float) -> Arrivals:
 
 @step
 def ingest_batch(snapshot: Snapshot, batch: str, champion: ModelVersion | None) -> Verdict | None:
-    """Judge one batch and move it; None if another ingest was faster.
+    """Judge one batch and move its files; None if another ingest was faster.
 
-    Shards, report and reason are written first, then the verdict, which is what counts, then the
-    files are moved. A repeat after a crash anywhere finds what was done, goes on, and returns the
-    same verdict.
+    Shards, report and reason are written first, then the verdict, which alone is in force, and last
+    the files are moved. A repeat after a crash at any point continues there and returns the same
+    verdict.
     """
-    logger, store, dataset = get_run_logger(), Store(snapshot.store), snapshot.dataset
+    logger = get_run_logger()
+    store = Store(snapshot.store)
+    dataset = snapshot.dataset
     with exclusive(dataset, "ingest"):
         ledger = _settled_ledger(store, dataset)
         folder = incoming_folder(dataset, batch)
         entries = _objects(store, folder)
-        if not batch:  # what lies beside the folders
+        if not batch:  # the files beside the folders, without those in them
             entries = [entry for entry in entries if "/" not in entry.name.removeprefix(folder)]
         if not entries:
+            # Moved by now: either by an earlier attempt of this run, or by another ingest.
             ours = [v for v in ledger if (v.batch, v.run) == (batch, runtime.flow_run.id)]
             return ours[-1] if ours else None
+        # Not simply `snapshot`: other batches may have been accepted since the flow took it.
         present = present_snapshot(store, read_base(store, dataset) or snapshot, ledger)
         verdict, table = _judge(store, present, ledger, batch, entries, champion)
         write_verdict(store, verdict)
@@ -103,26 +111,24 @@ def ingest_batch(snapshot: Snapshot, batch: str, champion: ModelVersion | None) 
         if verdict.accepted:
             extend_snapshot(store, present, verdict.shards, verdict.arrived, table)
         settle(store, verdict)
-    say = logger.info if verdict.accepted else logger.warning
+    log = logger.info if verdict.accepted else logger.warning
     word = "accepted" if verdict.accepted else "put aside"
-    say("batch %r was %s: %s", batch, word, verdict.reason)
+    log("batch %r was %s: %s", batch, word, verdict.reason)
     return verdict
 
 
 @step
 def report_ingest(verdicts: list[Verdict], arrivals: Arrivals, store: str) -> str:
-    """Publish what became of each batch, and say it in a sentence."""
-    place = Store(store)
+    """Publish a table with the verdict on each batch; return the summary as a sentence."""
+    s3 = Store(store)
     rows = [
         {
             "batch": verdict.batch or "(no folder)",
             "verdict": "accepted" if verdict.accepted else "quarantined",
             "images": str(verdict.images or "unreadable"),
             "why": verdict.reason,
-            "report": f"[report]({place.link(place.name_of(verdict.report))})"
-            if verdict.report
-            else "",
-            "kept in": place.address_of(folder_of(verdict)),
+            "report": f"[report]({s3.link(s3.name_of(verdict.report))})" if verdict.report else "",
+            "kept in": s3.address_of(folder_of(verdict)),
         }
         for verdict in verdicts
     ]
@@ -140,7 +146,7 @@ def report_ingest(verdicts: list[Verdict], arrivals: Arrivals, store: str) -> st
 
 @step
 def find_intake(store: str) -> Intake | None:
-    """Return what an earlier attempt of this flow run took in; None if it came not so far."""
+    """Return the intake of an earlier attempt of this flow run; None if there is none."""
     intake = read_record(Store(store), _INTAKE, Intake)
     if intake:
         get_run_logger().info("goes on with the data that an earlier attempt of this run took in")
@@ -151,18 +157,22 @@ def find_intake(store: str) -> Intake | None:
 def keep_intake(
     validated: ValidatedSnapshot, verdicts: list[Verdict], told: str, store: str
 ) -> None:
-    """Fix what this flow run took in."""
+    """Store the intake of this flow run, so that a resumed run trains on the same data.
+
+    `told` is the summary of the batches.
+    """
     intake = Intake(validated=validated, verdicts=verdicts, told=told)
     write_record(Store(store), _INTAKE, intake)
 
 
 def _settled_ledger(store: Store, dataset: str) -> list[Verdict]:
-    """Return the ledger, after moving the batches that were judged and not moved to the end."""
+    """Return the ledger, after finishing the moves of batches that were judged before."""
     ledger = read_ledger(store, dataset)
     for verdict in unsettled(store, ledger):
         get_run_logger().warning("batch %r was judged before; moving it", verdict.batch)
         settle(store, verdict)
-        emit_verdict(verdict, store.address)  # which may be what the death prevented
+        # The crash may have come before the event was emitted. If not, the repeat has the same id.
+        emit_verdict(verdict, store.address)
     return ledger
 
 
@@ -174,9 +184,9 @@ def _judge(
     entries: list[Entry],
     champion: ModelVersion | None,
 ) -> "tuple[Verdict, pd.DataFrame | None]":
-    """Return the verdict on a batch, after writing everything that it rests on.
+    """Return the verdict on a batch, and the image table of its new images if it is accepted.
 
-    With it comes the image table of what is accepted, without the images that are known.
+    Shards, report and reason are written before this returns; the verdict itself is not.
     """
     files = files_of(incoming_folder(present.dataset, batch), entries)
     unread = Verdict(
@@ -191,6 +201,7 @@ def _judge(
         images=None,
         run=str(runtime.flow_run.id),
     )
+    # The cheap checks come first: names and sizes before any download, the digest before parsing.
     try:
         _demand_folder(batch)
         check_names({file.name: file.bytes for file in files})
@@ -202,17 +213,18 @@ def _judge(
         raw = parse_batch(contents)
     except BadBatch as error:
         return _put_aside(store, unread, str(error)), None
-    del contents
+    del contents  # frees up to half a gibibyte, unless `raw` is a view of it
     table, report, page = _validate(present, raw, champion, f"Batch {batch}")
     read = unread.model_copy(update={"images": len(raw)})
     if report.critical:
         failures = "; ".join(finding.sentence for finding in report.critical)
         return _put_aside(store, read, failures, page), None
     accepted = read.model_copy(update={"accepted": True})
+    # Images that are in the data set already are left out, so that none weighs twice in training.
     new = ~table["known"].to_numpy()
     table = table[new]
     digits = Digits(raw.images, raw.labels)
-    if not new.all():
+    if not new.all():  # indexing copies all pixels
         digits = Digits(raw.images[new], raw.labels[new])
     warnings = [finding.sentence for finding in report.warnings]
     return accepted.model_copy(
@@ -228,10 +240,14 @@ def _judge(
 def _validate(
     present: Snapshot, raw: RawBatch, champion: ModelVersion | None, title: str
 ) -> "tuple[pd.DataFrame, ValidationReport, str]":
-    """Return the image table of a batch, with a column `known`, the report, and this as a page."""
+    """Validate a batch; return its image table, the validation report, and the report's page.
+
+    The table's column `known` marks images that the data set, or an earlier row, already holds.
+    """
     import pandas as pd
 
-    table, worst = image_table(raw.images, raw.labels), dict[str, list[int]]()
+    table = image_table(raw.images, raw.labels)
+    worst: dict[str, list[int]] = {}
     probabilities = _champion_view(champion, raw)
     if probabilities is not None:
         table["champion_contradicts"] = contradictions(probabilities, raw.labels)
@@ -242,20 +258,23 @@ def _validate(
         table, accepted=accepted, holdout=holdout, reference=read_profile(present)
     )
 
-    def say(row: int) -> str:
+    def caption(row: int) -> str:
         words = f"{row}: labelled {raw.labels[row]}"
         if probabilities is None:
             return words
-        answer = probabilities[row].argmax()
-        return f"{words}, the champion says {answer} ({probabilities[row, answer]:.0%})"
+        predicted = probabilities[row].argmax()
+        return f"{words}, the champion says {predicted} ({probabilities[row, predicted]:.0%})"
 
-    page = render_report(report, title, {"arriving images": raw.images}, say, worst)
+    page = render_report(report, title, {"arriving images": raw.images}, caption, worst)
     known = table["digest"].isin(accepted) | table["digest"].duplicated()
     return table.assign(known=known), report, page
 
 
 def _champion_view(champion: ModelVersion | None, raw: RawBatch) -> "NDArray[np.float32] | None":
-    """Return the champion's probabilities; None if there is none, or it takes no such images."""
+    """Return the champion's probabilities, float32 (N, 10).
+
+    None without a champion, or if the images are not 28 x 28.
+    """
     if champion is None or raw.images.shape[1:] != (SIDE, SIDE):
         return None
     from mnist_cnn.evaluation import predict
@@ -265,7 +284,7 @@ def _champion_view(champion: ModelVersion | None, raw: RawBatch) -> "NDArray[np.
 
 
 def _put_aside(store: Store, verdict: Verdict, reason: str, page: str | None = None) -> Verdict:
-    """Write report and reason beside where the files of the batch will be."""
+    """Quarantine a batch: write report and reason into the folder for its files."""
     refused = verdict.model_copy(update={"reason": reason})
     folder = folder_of(refused)
     if page is not None:
@@ -284,7 +303,10 @@ def _demand_folder(batch: str) -> None:
 
 
 def _demand_new(ledger: list[Verdict], batch: Verdict) -> None:
-    """Refuse what was accepted before, under this name or with this content."""
+    """Raise BadBatch if a batch of this name or with these files was accepted before.
+
+    A quarantined batch may be sent again, corrected, under its old name.
+    """
     for past in ledger:
         if past.accepted and past.digest == batch.digest:
             raise BadBatch(
@@ -300,12 +322,12 @@ def _demand_new(ledger: list[Verdict], batch: Verdict) -> None:
 
 
 def _objects(store: Store, folder: str) -> list[Entry]:
-    """Return what lies in a folder, without the empty objects by which consoles show folders."""
+    """Return the objects in a folder, without the empty ones by which consoles mark folders."""
     return [entry for entry in store.entries(folder) if not entry.name.endswith("/")]
 
 
 def emit_verdict(verdict: Verdict, store: str) -> None:
-    """Emit that the verdict on a batch counts."""
+    """Emit `batch.accepted` or `batch.quarantined` for a verdict that is in force."""
     emit(
         "batch.accepted" if verdict.accepted else "batch.quarantined",
         f"dataset.{verdict.dataset}",

@@ -1,4 +1,4 @@
-"""Ask every service that a run will need, before the run spends anything."""
+"""Preflight check of the services that a run needs, before it spends any compute."""
 
 import os
 from http import HTTPStatus
@@ -11,11 +11,11 @@ _HEALTH_SECONDS = 10
 
 
 class TrackingUnreachable(ConnectionError):
-    """The MLflow server does not answer; worth another try."""
+    """The MLflow server does not respond; worth another try."""
 
 
 class TrackingRefused(PermissionError):
-    """The MLflow server answers, but not to these credentials; waiting does not help."""
+    """The MLflow server refuses these credentials; waiting does not help."""
 
 
 class TrackingUnset(ValueError):
@@ -24,17 +24,17 @@ class TrackingUnset(ValueError):
 
 @step
 def check_services(store: str) -> None:
-    """Write to and read from `store`, and ask the MLflow server how it is.
+    """Write to and read from `store`, and request the health of the MLflow server.
 
     Raises StorageUnreachable, StorageRefused, TrackingUnreachable, TrackingRefused or
-    TrackingUnset, each naming the service, what it answered and what to start or set.
+    TrackingUnset. Each error names the service, its response, and the remedy.
     """
     check_tracking()
     Store(store).check()
 
 
 def check_tracking() -> None:
-    """Ask the MLflow server of `MLFLOW_TRACKING_URI` for its health, as MLflow's client asks it."""
+    """Request `/health` from the server of `MLFLOW_TRACKING_URI`, as MLflow's own client would."""
     from mlflow.exceptions import MlflowException
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
@@ -46,22 +46,24 @@ def check_tracking() -> None:
             f"MLFLOW_TRACKING_URI is {shown!r}; expected the http(s) address of an MLflow "
             "server: set it where this run executes (`make up` prints the local one)"
         )
-    # MLFLOW_TRACKING_USERNAME and their like; what the address carries is used without them.
+    # Credentials come from MLFLOW_TRACKING_USERNAME and the like, or from the address itself. By
+    # MLflow's client: its settings for certificates and authentication apply here as well.
     server = get_default_host_creds(address)  # type: ignore[no-untyped-call]
+    # One attempt: the task has retries of its own, which wait longer.
     once = {"timeout": _HEALTH_SECONDS, "max_retries": 0, "retry_codes": ()}
     try:
-        answer = http_request(server, "/health", "GET", **once)  # type: ignore[no-untyped-call]
+        response = http_request(server, "/health", "GET", **once)  # type: ignore[no-untyped-call]
     except MlflowException as error:
-        # The cause would be logged as it is, with what the address carries.
+        # Without the cause: it would be logged unchanged, with a password in the address.
         raise _unreachable(shown, str(error)) from None
-    if answer.status_code in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
+    if response.status_code in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
         raise TrackingRefused(
-            f"the MLflow server at {shown} refuses these credentials ({answer.status_code}); "
+            f"the MLflow server at {shown} refuses these credentials ({response.status_code}); "
             "correct MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
             "MLFLOW_TRACKING_TOKEN, where this run executes"
         )
-    if not answer.ok:
-        raise _unreachable(shown, f"{answer.status_code} {answer.reason}")
+    if not response.ok:
+        raise _unreachable(shown, f"{response.status_code} {response.reason}")
 
 
 def _unreachable(shown: str, reason: str) -> TrackingUnreachable:

@@ -1,7 +1,7 @@
-"""Register a candidate, and make it champion, challenger or champion again.
+"""Register a candidate; promote it, submit it for approval, or roll back to it.
 
-A flow run moves each thing once. What it has carried out it does not do again when it is resumed or
-retried, even if somebody undid it since.
+A flow run carries out each of its moves once. A resumed or retried run does not repeat a move, even
+if somebody undid it since.
 """
 
 import json
@@ -66,7 +66,7 @@ _ROLLBACK = "rollback"
 
 
 class Rollback(BaseModel, frozen=True):
-    """What a rollback was asked for, fixed for the flow run before anything moves."""
+    """Target of a rollback, stored for the flow run before any alias moves."""
 
     format: Literal[1] = 1
     target: ModelVersion
@@ -76,9 +76,9 @@ class Rollback(BaseModel, frozen=True):
 
 @step
 def find_champion(name: str) -> ModelVersion | None:
-    """Return the version with the alias `champion`; None only if the registry says there is none.
+    """Return the version with the alias `champion`; None only if the registry has none.
 
-    Any other answer is a RegistryError: a registry that cannot be read is not an empty one.
+    Raises RegistryError if the registry cannot be read: that does not mean that it is empty.
     """
     with registry_errors(f"the champion of {name}"):
         return find_version(name, CHAMPION)
@@ -88,10 +88,10 @@ def find_champion(name: str) -> ModelVersion | None:
 def find_opponents(
     candidate: Candidate, store: str
 ) -> tuple[ModelVersion | None, ModelVersion | None]:
-    """Return the champion to compare a candidate with, and the one before, shown in the card.
+    """Return the champion to compare a candidate with, and the previous one for the model card.
 
-    They are today's, unless an earlier attempt of this run registered the candidate and it was
-    promoted or judged since: then they are those that it was compared with.
+    They are the present ones, unless an earlier attempt of this run registered the candidate and it
+    was promoted or judged since: then they are the ones that it was compared with.
     """
     name = candidate.name
     with registry_errors(f"the champions of {name}"):
@@ -100,6 +100,7 @@ def find_opponents(
         moves = moves_carried_out(name, versions, Store(store)) if registered else []
         targets = [move.to_version for move in moves]
         if registered and str(registered[0].version) in targets:
+            # The candidate may be champion by now. Go back to the moves before its own.
             before = moves[: targets.index(str(registered[0].version))]
             known = {version.model: version for version in map(describe, versions)}
             champion = known.get(registered[0].tags["compared_with"])
@@ -115,10 +116,10 @@ def register_candidate(
     decision_record: str,
     made_of: Fingerprint | None = None,
 ) -> ModelVersion:
-    """Register the candidate, promoted or not, with everything that explains it.
+    """Register the candidate, promoted or not, tagged with its decision, data, code and run.
 
-    A repeat finds the version that an earlier attempt registered, and a decision that was made
-    anew, because the champion had changed, takes the place of the former.
+    A repeat returns the version that an earlier attempt registered. If the decision was made anew,
+    because the champion had changed, its tags replace the former ones.
     """
     import mlflow
     from mlflow import MlflowClient
@@ -136,11 +137,13 @@ def register_candidate(
         "git_commit": _git_commit(),
         "prefect.flow_run_id": str(flow_run.id),
         "prefect.flow_run_url": str(flow_run.ui_url),
+        # Models such as the training configuration come from the flow as pydantic objects.
         "parameters": json.dumps(flow_run.parameters, default=lambda model: model.model_dump()),
     }
     if made_of:
         tags[FINGERPRINT] = made_of.model_dump_json()
-    tags["decision_record"] = decision_record  # last: a repeat takes it for all of them
+    # The last tag to be written: a repeat that finds it takes all the others for written.
+    tags["decision_record"] = decision_record
     sentence = f"{decision.verdict}: {decision.reason}"
     with registry_errors(f"the versions of {candidate.name}"):
         known = [v for v in read_versions(candidate.name) if v.run_id == candidate.run_id]
@@ -150,7 +153,9 @@ def register_candidate(
         if known:
             version = known[0]
             with exclusive(candidate.name):
-                if decision.verdict != "needs-approval":  # as it was before: nobody may approve it
+                # The former decision may have been "needs-approval". Only such a version may be
+                # approved, so the alias goes before the tags change.
+                if decision.verdict != "needs-approval":
                     take_challenger_from(candidate.name, version.version)
                 for key, value in tags.items():
                     client.set_model_version_tag(candidate.name, version.version, key, value)
@@ -162,7 +167,7 @@ def register_candidate(
 
 @step
 def link_version(version: ModelVersion, links: Mapping[str, str]) -> None:
-    """Add links to the version's description, from where a browser opens them."""
+    """Add links to the version's description, which MLflow's page renders as Markdown."""
     lines = "\n".join(f"- [{name}]({address})" for name, address in links.items())
     with registry_errors(f"the description of {version.model}"):
         append_description(version.name, version.version, lines)
@@ -174,7 +179,7 @@ def set_champion(
 ) -> bool:
     """Make `version` the champion in place of `replaces`, the one that it was compared with.
 
-    False if the champion is another by now: then nothing is done, and the comparison is due again.
+    Return False, and change nothing, if the champion is another by now: compare again.
     """
     run = runtime.flow_run
     account = Account(who=f"{run.flow_name}/{runtime.deployment.name or 'by hand'}", why=why)
@@ -182,6 +187,7 @@ def set_champion(
         if was_done("promote", read_version(version.name, int(version.version)), Store(store)):
             return True
         present = find_version(version.name, CHAMPION)
+        # `version` itself is champion if an earlier attempt died right after the alias moved.
         if present not in (version, replaces):
             return False
         move_champion("promote", version, present, account, Store(store))
@@ -190,9 +196,9 @@ def set_champion(
 
 @step
 def set_challenger(version: ModelVersion) -> None:
-    """Point the alias `challenger` at a version that waits for a person's approval.
+    """Point the alias `challenger` at a version that awaits a person's approval.
 
-    One that was judged already, before this run was resumed, waits no more.
+    A version that was approved or rejected before this run was resumed is left alone.
     """
     from mlflow import MlflowClient
 
@@ -205,9 +211,14 @@ def set_challenger(version: ModelVersion) -> None:
 
 @step
 def approve_challenger(name: str, number: int, account: Account, store: str) -> ModelVersion:
-    """Make the challenger champion, if nothing has changed since it was evaluated, else Refused."""
+    """Make the challenger champion.
+
+    Raises Refused if that version does not await approval, or if the champion or the version's
+    artifacts have changed since it was evaluated.
+    """
     with registry_errors(f"the aliases of {name}"), exclusive(name):
-        model, version = read_model(name), read_version(name, number)
+        model = read_model(name)
+        version = read_version(name, number)
         if was_done("approve", version, Store(store)):
             return describe(version)
         champion = find_version(name, CHAMPION)
@@ -236,9 +247,13 @@ def approve_challenger(name: str, number: int, account: Account, store: str) -> 
 
 @step
 def reject_challenger(name: str, number: int, account: Account, store: str) -> ModelVersion:
-    """Record that the challenger was rejected, and take its alias away; no champion moves."""
+    """Record the rejection of the challenger and remove its alias; the champion stays.
+
+    Raises Refused if that version does not await approval.
+    """
     with registry_errors(f"the aliases of {name}"), exclusive(name):
-        version, champion = read_version(name, number), find_version(name, CHAMPION)
+        version = read_version(name, number)
+        champion = find_version(name, CHAMPION)
         if was_done("reject", version, Store(store)):
             return describe(version)
         demand_challenger(read_model(name), number)
@@ -257,12 +272,13 @@ def fix_rollback(
 ) -> tuple[ModelVersion, ModelVersion | None]:
     """Return the version to roll back to and the champion that it replaces, fixed for this run.
 
-    A repeat returns the same two, whatever the aliases say by then.
+    A repeat returns the same two, wherever the aliases point by then. Raises Refused without a
+    version to roll back to, or if `previous` has changed since the run was created.
     """
     fixed = read_record(Store(store), _ROLLBACK, Rollback) or _begun_rollback(name)
     if fixed is None:
         if number is None:
-            _demand_no_move_since_asked(name, store)
+            _demand_no_move_since_request(name, store)
         target, champion = find_rollback(name, number, store)
         fixed = Rollback(target=target, replaces=champion)
         write_record(Store(store), _ROLLBACK, fixed)
@@ -273,7 +289,10 @@ def fix_rollback(
 def roll_back_champion(
     target: ModelVersion, replaces: ModelVersion | None, account: Account, store: str
 ) -> None:
-    """Make `target` champion again in place of `replaces`; Refused if that is not champion now."""
+    """Make `target` champion again in place of `replaces`.
+
+    Raises Refused if the champion is neither of the two.
+    """
     with registry_errors(f"the aliases of {target.name}"), exclusive(target.name):
         if was_done("roll back", read_version(target.name, int(target.version)), Store(store)):
             return
@@ -289,7 +308,7 @@ def roll_back_champion(
 
 @step
 def show_history(name: str, store: str) -> tuple[int, list[str]]:
-    """Publish a table of all moves; return their number and what is wrong with the history."""
+    """Publish a table of all moves; return their number and the problems of the history."""
     logger = get_run_logger()
     history, done, problems = verify_history(name, Store(store))
     rows = [
@@ -302,7 +321,7 @@ def show_history(name: str, store: str) -> tuple[int, list[str]]:
             "who": move.who,
             "run": f"[open]({move.run_url})",
             "digest": move.digest[:12],
-            "why": move.why,  # last: a page may be too narrow for it
+            "why": move.why,  # the widest column comes last: a narrow page cuts it off
         }
         for move, carried_out in zip(history.moves, done, strict=True)
     ]
@@ -314,13 +333,18 @@ def show_history(name: str, store: str) -> tuple[int, list[str]]:
     return len(rows), problems
 
 
-def _demand_no_move_since_asked(name: str, store: str) -> None:
-    """Refuse to take `previous` for what a person meant before it became another version."""
+def _demand_no_move_since_request(name: str, store: str) -> None:
+    """Raise Refused if the champion moved after this flow run was created.
+
+    `previous` is then not the version that the person had in mind.
+    """
     with get_client(sync_client=True) as prefect:
-        asked = prefect.read_flow_run(UUID(str(runtime.flow_run.id))).created
+        requested = prefect.read_flow_run(UUID(str(runtime.flow_run.id))).created
     with registry_errors(f"the versions of {name}"):
         moves = moves_carried_out(name, read_versions(name), Store(store))
-    later = [move for move in moves if move.action != "reject" and asked and move.when > asked]
+    later = [
+        move for move in moves if move.action != "reject" and requested and move.when > requested
+    ]
     if later:
         raise Refused(
             f"version {later[-1].to_version} of {name} became champion at "
@@ -330,9 +354,9 @@ def _demand_no_move_since_asked(name: str, store: str) -> None:
 
 
 def _begun_rollback(name: str) -> Rollback | None:
-    """Return the rollback that this flow run has in the history, if it was begun without a record.
+    """Return the rollback of this flow run as the history has it, for a run without a record.
 
-    So did the code before there were records, whose runs can still be retried.
+    Earlier releases kept no such record, and their runs can still be retried.
     """
     with registry_errors(f"the versions of {name}"):
         versions = {str(version.version): version for version in read_versions(name)}
@@ -345,17 +369,18 @@ def _begun_rollback(name: str) -> Rollback | None:
 
 
 def _git_commit() -> str:
-    """Return the commit that this code was checked out from, or `GIT_COMMIT` in an image.
+    """Return the commit of this checkout, or `GIT_COMMIT` in an image.
 
-    It ends in `-dirty` if files were edited since.
+    It ends in `-dirty` if tracked files were edited since.
     """
     if given := os.environ.get("GIT_COMMIT"):
         return given
-    answer = subprocess.run(
+    described = subprocess.run(
+        # --exclude=* leaves out tags: the hash alone.
         ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],  # noqa: S607 - git is wherever PATH has it
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
         check=False,
     )
-    return answer.stdout.strip() or "not a git checkout"
+    return described.stdout.strip() or "not a git checkout"

@@ -1,4 +1,4 @@
-"""What tasks hand each other: small, addressable values that survive a crash; never arrays."""
+"""Values passed between tasks: small, addressable, and able to survive a crash; never arrays."""
 
 from datetime import datetime
 from typing import Literal
@@ -10,17 +10,18 @@ SPLITS: tuple[Split, Split] = ("train", "test")
 
 
 class Shard(BaseModel, frozen=True):
-    """A part of a split: the digest of its images and labels, and what it holds."""
+    """A part of a split, named by the digest of its images and labels."""
 
     digest: str
     images: int
     labels: list[int]
-    """How many images show each digit."""
+    """Number of images of each digit."""
     origin: str
+    """Source of its images: the archives of the base data set, or a batch."""
 
 
 class Snapshot(BaseModel, frozen=True):
-    """An immutable set of training and test images, known by the digest of its manifest."""
+    """An immutable set of training and test images, identified by the digest of its manifest."""
 
     dataset: str
     store: str
@@ -30,16 +31,16 @@ class Snapshot(BaseModel, frozen=True):
     parent: str | None = None
     """Digest of the snapshot that this one extends by a batch; None for a base data set."""
     until: datetime | None = None
-    """When the newest batch in it had arrived; None for a base data set, which has none."""
+    """Time at which its newest batch had arrived; None for a base data set, which has none."""
 
     @property
     def address(self) -> str:
-        """Where the manifest is."""
+        """Address of the manifest."""
         return f"{self.store}/datasets/{self.dataset}/snapshots/{self.digest}.json"
 
     @property
     def model_name(self) -> str:
-        """The registered model trained on this data set: models of different data never compete."""
+        """Name of the registered model. Models of different data sets never compete."""
         return f"{self.dataset}-cnn"
 
     def shards(self, split: Split) -> list[Shard]:
@@ -47,51 +48,54 @@ class Snapshot(BaseModel, frozen=True):
         return self.train if split == "train" else self.test
 
     def labels(self, split: Split) -> list[int]:
-        """Count the images of each digit in one split."""
+        """Return the number of images of each digit in one split."""
+        # One row a shard, one column a digit: summed by column.
         return [sum(counts) for counts in zip(*(s.labels for s in self.shards(split)), strict=True)]
 
     def images(self, split: Split) -> int:
-        """Count the images of one split."""
+        """Return the number of images in one split."""
         return sum(shard.images for shard in self.shards(split))
 
 
 class BatchFile(BaseModel, frozen=True):
-    """A file as a producer dropped it."""
+    """A file of a batch, as its producer uploaded it."""
 
     name: str
     """Relative to the batch's folder."""
     bytes: int
     etag: str
-    """The S3 server's word for its content."""
+    """The S3 server's tag of its content, which changes with it."""
 
 
 class Verdict(BaseModel, frozen=True):
-    """What became of a batch: an entry of the data set's ledger, which is never changed."""
+    """Verdict on a batch: an entry of the data set's ledger, which is never changed."""
 
     sequence: int
-    """Its place in the ledger, from 1."""
+    """Position in the ledger, from 1."""
     dataset: str
     batch: str
-    """The name of its folder under `incoming/`."""
+    """Name of its folder under `incoming/`; empty for files beside the folders."""
     accepted: bool
     reason: str
-    """Why it was put aside, one clause for each failure; of an accepted one, what is worth a look.
+    """Reason for the quarantine, one clause for each failure.
+
+    For an accepted batch, the number of its new images and its warnings.
     """
     digest: str
     """SHA-256 of the names and contents of its files."""
     arrived: datetime
-    """When the last of its files was written."""
+    """Time at which the last of its files was written."""
     files: list[BatchFile]
     images: int | None
-    """How many it holds; None if it could not be read."""
+    """Number of images that it holds; None if it could not be read."""
     shards: list[Shard] = []
-    """What was accepted of it."""
+    """Shards of its accepted images."""
     repeated: int = 0
     """Images of an accepted batch that were left out because they are in the data set already."""
     report: str | None = None
-    """Address of the validation report; None if it could not be read."""
+    """Address of the validation report; None if the batch could not be read."""
     run: str = ""
-    """The Prefect flow run that judged it; empty in entries from before this was kept."""
+    """Prefect flow run that judged it; empty in entries older than this field."""
 
 
 class ValidatedSnapshot(BaseModel, frozen=True):
@@ -99,11 +103,11 @@ class ValidatedSnapshot(BaseModel, frozen=True):
 
     snapshot: Snapshot
     report: str
-    """Address of the validation result that passed it."""
+    """Address of the validation report."""
     expectations: int
-    """How many were asked."""
+    """Number of expectations that were checked."""
     warnings: list[str]
-    """A sentence for each that failed and is not critical."""
+    """One sentence for each expectation that failed and is not critical."""
 
 
 class RejectedSnapshot(BaseModel, frozen=True):
@@ -111,26 +115,28 @@ class RejectedSnapshot(BaseModel, frozen=True):
 
     snapshot: Snapshot
     report: str
+    """Address of the validation report."""
     failures: list[str]
-    """One sentence for each: expectation, observed value and bound."""
+    """One sentence for each failed critical expectation: expectation, observed value and bound."""
 
 
 class Intake(BaseModel, frozen=True):
-    """What a flow run took in, fixed for it: a resume works on the same data."""
+    """Data of a flow run, fixed for it: a resumed run trains on the same."""
 
     format: Literal[1] = 1
     validated: ValidatedSnapshot
     verdicts: list[Verdict]
     told: str
-    """What was said of the batches."""
+    """Summary of the verdicts, as a sentence."""
 
 
 class Candidate(BaseModel, frozen=True):
     """A trained model in MLflow that is not registered yet."""
 
     name: str
-    """Name under which it is registered."""
+    """Name under which it is to be registered."""
     run_id: str
+    """MLflow run of its training."""
     model: str
     """Its address, `models:/m-…`."""
     snapshot: str
@@ -142,7 +148,9 @@ class ModelVersion(BaseModel, frozen=True):
 
     name: str
     version: str
+    """Version number, as text."""
     run_id: str
+    """MLflow run of its training."""
     model: str
     """Its address, `models:/NAME/VERSION`."""
     snapshot: str
@@ -150,11 +158,11 @@ class ModelVersion(BaseModel, frozen=True):
 
 
 class RunSummary(BaseModel, frozen=True):
-    """What a run did: the same facts for the terminal, the Prefect UI and whoever asks later."""
+    """Result of a run: the same facts for the terminal, the Prefect UI and later readers."""
 
     flow_run: str
     verdict: str
-    """Promoted, Champion kept or Data rejected."""
+    """Name of the run's state, such as Promoted, Champion kept or Data rejected."""
     reason: str
     dataset: str
     accuracy: float | None = None
@@ -163,12 +171,14 @@ class RunSummary(BaseModel, frozen=True):
     version: str | None = None
     """Address of the registered candidate, `models:/NAME/VERSION`."""
     champion_before: str | None = None
+    """Address of the champion before this run."""
     champion: str | None = None
     """Address of the champion after this run."""
     links: dict[str, str]
+    """Addresses for a browser, by name."""
 
     @property
     def message(self) -> str:
-        """What the run's state says: the reason, and where to judge if a person has to."""
+        """Message of the run's state: the reason, and the approval form if approval is needed."""
         form = self.links.get("approval form")
         return f"{self.reason}; approve or reject: {form}" if form else self.reason

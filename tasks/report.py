@@ -1,4 +1,4 @@
-"""Tell people what a run did: where they look, and in words."""
+"""Reports of a run: a page in the Prefect UI, links, and a summary in the store."""
 
 import json
 import tempfile
@@ -37,7 +37,7 @@ _STATE_NAMES: dict[Verdict, str] = {
 
 @step
 def report_rejection(rejected: RejectedSnapshot) -> RunSummary:
-    """Publish why the data was refused."""
+    """Publish the failed expectations of rejected data."""
     snapshot = rejected.snapshot
     links, note = _data_links(snapshot, rejected.report)
     summary = RunSummary(
@@ -56,7 +56,7 @@ def report_rejection(rejected: RejectedSnapshot) -> RunSummary:
 def report_skip(
     validated: ValidatedSnapshot, champion: ModelVersion | None, reason: str
 ) -> RunSummary:
-    """Publish why nothing was trained."""
+    """Publish the reason for training nothing."""
     snapshot = validated.snapshot
     present = champion.model if champion else None
     links, note = _data_links(snapshot, validated.report)
@@ -87,11 +87,15 @@ def report_decision(
     """Publish verdict, checks and links.
 
     `measured` holds "candidate" and, if there was one, "champion"; `decided` is a decision and the
-    address of its record; `versions` are the candidate's and the champion's before this run.
+    address of its record; `versions` are the candidate and the champion before this run; `cards`
+    are links by name.
     """
-    snapshot, store = validated.snapshot, Store(validated.snapshot.store)
-    (decision, record), (version, old_champion) = decided, versions
-    ours, theirs = measured["candidate"], measured.get("champion")
+    snapshot = validated.snapshot
+    store = Store(snapshot.store)
+    decision, record = decided
+    version, old_champion = versions
+    ours = measured["candidate"]
+    theirs = measured.get("champion")
     champion = version if decision.verdict == "promote" else old_champion
     form = _approval_form(version, snapshot.store) if decision.verdict == "needs-approval" else {}
     summary = RunSummary(
@@ -129,11 +133,12 @@ def report_decision(
         }
         for check in decision.checks
     ]
-    told = [
+    # The table artifact has each check's sentence too, without the name that begins it.
+    detailed = [
         row | {"what was seen": check.sentence.removeprefix(f"{check.name}: ")}
         for row, check in zip(checks, decision.checks, strict=True)
     ]
-    create_table_artifact(told, key="checks", description=f"Checks of {version.model}")
+    create_table_artifact(detailed, key="checks", description=f"Checks of {version.model}")
     compared = (
         f"The champion before this run, on the same images: accuracy {theirs.accuracy:.2%}."
         if theirs
@@ -157,6 +162,7 @@ def report_decision(
 
 
 def _publish(summary: RunSummary, snapshot: Snapshot, reason: str, body: str) -> None:
+    """Publish a summary as a Markdown artifact, and store it as the run's `summary.json`."""
     links = " · ".join(f"[{name}]({address})" for name, address in summary.links.items())
     create_markdown_artifact(
         f"# {summary.verdict}\n\n{reason}\n\n{links}\n\n{body}\n",
@@ -168,7 +174,10 @@ def _publish(summary: RunSummary, snapshot: Snapshot, reason: str, body: str) ->
 
 
 def _data_links(snapshot: Snapshot, report: str) -> tuple[dict[str, str], str]:
-    """Return links for a run that no MLflow run remembers, and a note on how long they work."""
+    """Return links for a run that trained nothing, and a note on their expiry.
+
+    Such a run has no MLflow run to copy the records into, so the links lead into S3 and expire.
+    """
     store = Store(snapshot.store)
     kept = {"validation report": report, "snapshot": snapshot.address}
     links = {name: store.link(store.name_of(address)) for name, address in kept.items()}
@@ -189,6 +198,7 @@ def _mlflow_links(candidate: Candidate, version: ModelVersion) -> dict[str, str]
 
 
 def _mlflow_run(candidate: Candidate) -> str:
+    """Return the address of the candidate's run in MLflow's UI."""
     import mlflow
 
     experiment = mlflow.get_run(candidate.run_id).info.experiment_id
@@ -215,20 +225,22 @@ def _keep_records(candidate: Candidate, store: Store, records: Mapping[str, str]
 
 
 def _approval_form(version: ModelVersion, store: str) -> dict[str, str]:
-    """Return the link to the form of promote/manual, with what is known filled in."""
+    """Return the link to the form of promote/manual, filled in for this version."""
     with get_client(sync_client=True) as prefect:
         try:
             form = prefect.read_deployment_by_name("promote/manual").id
         except ObjectNotFound:  # promote/manual is not deployed on this server
             return {}
-    known = quote(
+    # Prefect's form takes its values from the parameter `parameters` of its address, as JSON.
+    filled_in = quote(
         json.dumps({"model": version.name, "version": int(version.version), "store": store})
     )
     server = str(PREFECT_UI_URL.value()).rstrip("/")
-    return {"approval form": f"{server}/deployments/deployment/{form}/run?parameters={known}"}
+    return {"approval form": f"{server}/deployments/deployment/{form}/run?parameters={filled_in}"}
 
 
 def _per_class(candidate: Evaluation, champion: Evaluation | None) -> str:
+    """Return recall and precision of each digit as a Markdown table."""
     champions = champion.classes if champion else [None] * len(candidate.classes)
     rows = [
         {
@@ -244,7 +256,7 @@ def _per_class(candidate: Evaluation, champion: Evaluation | None) -> str:
 
 
 def _figure(value: float) -> str:
-    # Bytes are whole numbers, which four digits would round.
+    # Sizes in bytes are whole numbers, which four digits would round.
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
 
 
@@ -253,7 +265,9 @@ def _share(value: float | None) -> str:
 
 
 def _table(rows: list[dict[str, str]]) -> str:
-    header, lines = list(rows[0]), [list(row.values()) for row in rows]
+    """Return rows of the same keys as a Markdown table."""
+    header = list(rows[0])
+    lines = [list(row.values()) for row in rows]
     return "\n".join(
         f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *lines]
     )

@@ -1,8 +1,9 @@
-"""Remove what nobody needs any more, and nothing else.
+"""Retention: remove old checkpoints, leftovers and artifacts that nothing depends on.
 
-What it may remove is listed here, so that everything else stays: checkpoints of runs that ended,
-what a gate check left behind when it was killed, and the artifacts of versions that were judged,
-never promoted and have no alias. Snapshots, decisions, outcomes and the registry's records stay.
+The list of removable things is closed, so that everything else stays: checkpoints of runs that
+ended, the leftovers of a gate check that was killed, and the artifacts of versions that were
+judged, never promoted and have no alias. Snapshots, decisions, outcomes and the registry's records
+stay.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,11 +28,11 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion as RegisteredVersion
 
 REMOVED = "artifacts_removed"
-"""The tag of a version whose artifacts are gone."""
+"""Tag of a version whose artifacts were removed; its value is the date."""
 
 
 class RetentionPolicy(BaseModel, frozen=True, extra="forbid"):
-    """How long to keep what nothing depends on."""
+    """Days for which checkpoints and rejected artifacts are kept."""
 
     checkpoint_days: int = Field(
         14, ge=1, description="Days after a run's end in which it may still be resumed."
@@ -42,7 +43,7 @@ class RetentionPolicy(BaseModel, frozen=True, extra="forbid"):
 
 
 class Removal(BaseModel, frozen=True):
-    """Something to remove: objects under a prefix of the store, or the artifacts of a version."""
+    """A planned removal: objects under a prefix of the store, or the artifacts of a version."""
 
     kind: Literal["objects", "artifacts"]
     what: str
@@ -52,7 +53,7 @@ class Removal(BaseModel, frozen=True):
 
 @dataclass(frozen=True)
 class Version:
-    """What retention has to know about a registered version."""
+    """A registered version, as far as retention depends on it."""
 
     name: str
     number: str
@@ -64,12 +65,13 @@ class Version:
 
     @property
     def needed(self) -> bool:
-        """Whether it has an alias, was ever promoted, or was never judged."""
+        """True if it has an alias, was ever promoted, or was never judged."""
         moves = [
             Move.model_validate_json(text)
             for key, text in self.tags.items()
             if key.startswith("history.")
         ]
+        # The verdict "promote" is enough: the alias may not have moved yet.
         return (
             self.aliased
             or self.tags.get("verdict") not in {"keep", "needs-approval"}
@@ -83,11 +85,12 @@ def choose_removals(
     policy: RetentionPolicy,
     now: datetime,
 ) -> list[Removal]:
-    """Return what the policy no longer wants.
+    """Return the removals that are due under the policy, without carrying them out.
 
-    `ended` says of each prefix that belongs to one run when that run ended.
+    `ended` maps each prefix that belongs to one run to the end of that run.
     """
     versions = list(versions)
+    # Several versions may point to one logged model: it stays as long as one of them is needed.
     needed = {version.source for version in versions if version.needed}
     removals = [
         Removal(kind="objects", what=prefix, why=f"its run ended {end:%Y-%m-%d}")
@@ -111,19 +114,21 @@ def choose_removals(
 @step
 @registry_errors("the versions that may be removed")
 def plan_removals(policy: RetentionPolicy, store: str) -> list[Removal]:
-    """Look at store, runs and registry, and return what the policy no longer wants."""
+    """Read store, flow runs and registry, and return the removals that are due."""
     return choose_removals(_ended(Store(store)), _versions(), policy, datetime.now(UTC))
 
 
 @step
 @registry_errors("the artifacts to remove")
 def remove(removals: list[Removal], store: str) -> list[Removal]:
-    """Remove what was planned, unless it is needed by now; return what was removed."""
-    place, logger, removed = Store(store), get_run_logger(), list[Removal]()
+    """Carry out planned removals, except for versions that are needed by now; return those done."""
+    s3 = Store(store)
+    logger = get_run_logger()
+    removed: list[Removal] = []
     for removal in removals:
         if removal.kind == "objects":
-            for name in place.names(removal.what):
-                place.remove(name)
+            for name in s3.names(removal.what):
+                s3.remove(name)
             removed.append(removal)
         elif _remove_artifacts(*removal.what.split("/")):
             removed.append(removal)
@@ -134,7 +139,7 @@ def remove(removals: list[Removal], store: str) -> list[Removal]:
 
 @step
 def report_removals(removals: list[Removal], *, dry_run: bool) -> None:
-    """Publish the list of what was removed, or would be."""
+    """Publish the list of removals, done or only planned."""
     logger = get_run_logger()
     verb = "would be removed" if dry_run else "removed"
     for removal in removals:
@@ -147,17 +152,20 @@ def report_removals(removals: list[Removal], *, dry_run: bool) -> None:
 
 
 def _remove_artifacts(name: str, number: str) -> bool:
+    """Remove the artifacts of a version; False if it is needed by now."""
     from mlflow import MlflowClient
     from mlflow.store.artifact.artifact_repository_registry import (
         get_artifact_repository,
     )
 
     client = MlflowClient()
+    # Read again, under the lock: the version may have been promoted since the plan was made.
     with exclusive(name):
         version = client.get_model_version(name, number)
         if _describe(version, aliased=bool(version.aliases)).needed:
             return False
-        # The tag first: a version whose artifacts are half gone must say so.
+        # The tag first: a crash in between must not leave a version with half its artifacts
+        # unmarked.
         client.set_model_version_tag(name, number, REMOVED, f"{datetime.now(UTC):%Y-%m-%d}")
         repository: Any = get_artifact_repository(  # its methods have no types
             client.get_model_version_download_uri(name, number)
@@ -167,7 +175,10 @@ def _remove_artifacts(name: str, number: str) -> bool:
 
 
 def _versions() -> list[Version]:
-    """Return all versions; the aliases, which a search leaves out, come from their models."""
+    """Return all versions of all models.
+
+    A search for versions leaves their aliases out, so these come from the models.
+    """
     from mlflow import MlflowClient
 
     client = MlflowClient()
@@ -183,6 +194,7 @@ def _versions() -> list[Version]:
 
 
 def _every(search: Callable[..., Any]) -> Iterator[Any]:
+    """Yield the results of a paged search of MLflow, page after page."""
     token = None
     while True:
         page = search(page_token=token)
@@ -197,32 +209,32 @@ def _describe(version: "RegisteredVersion", *, aliased: bool) -> Version:
         name=version.name,
         number=str(version.version),
         source=str(version.source),
-        created=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC),
+        created=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC),  # milliseconds
         aliased=aliased,
         tags=version.tags,
     )
 
 
 def _ended(store: Store) -> dict[str, datetime]:
-    """Return the prefixes that a run no longer needs once it has ended, and when it did.
+    """Return the prefixes of runs that have ended, with the time of the end.
 
-    A run that Prefect does not know may belong to another server: what it wrote stays.
+    A run that is unknown to Prefect may belong to another server: its objects stay.
     """
-    prefixes = set[str]()
+    prefixes: set[str] = set()
     for name in [*store.names("runs/"), *store.names("gate-check/")]:
         match name.split("/"):
             case ["gate-check", run, *_]:
                 prefixes.add(f"gate-check/{run}/")
             case ["runs", run, "checkpoints", *_]:
                 prefixes.add(f"runs/{run}/checkpoints/")
-            case _:  # of the run's record, which stays, or a marker of a folder
+            case _:  # the run's record, which stays, or the marker of a folder
                 pass
-    ended = dict[str, datetime]()
+    ended: dict[str, datetime] = {}
     with get_client(sync_client=True) as prefect:
         for prefix in prefixes:
             try:
                 found = prefect.read_flow_run(UUID(prefix.split("/")[1]))
-            except (ObjectNotFound, ValueError):
+            except (ObjectNotFound, ValueError):  # ValueError: the folder's name is no UUID
                 continue
             if found.state and found.state.is_final() and found.end_time:
                 ended[prefix] = found.end_time

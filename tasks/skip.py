@@ -1,4 +1,4 @@
-"""End a run early that would repeat what the champion was made of."""
+"""Skip a run that would only repeat an earlier one."""
 
 from prefect import get_run_logger, runtime
 
@@ -10,10 +10,10 @@ from tasks.services.step import step
 
 @step
 def find_repeat(champion: ModelVersion | None, ours: Fingerprint) -> str | None:
-    """Say in a sentence why a run would only repeat another one; None if it would not.
+    """Return the reason to skip this run, as a sentence; None if it has something new to try.
 
-    It would if the champion, or a version that lost against the present champion, is made of the
-    same. A version that somebody rolled back is not made again either.
+    A run is skipped if its fingerprint is that of the champion, of a version that lost against the
+    present champion, or of a version that was rolled back to it.
     """
     if champion is None:
         return None
@@ -21,8 +21,9 @@ def find_repeat(champion: ModelVersion | None, ours: Fingerprint) -> str | None:
         versions = {str(version.version): version for version in read_versions(champion.name)}
     run = str(runtime.flow_run.id)
     if any(version.tags.get("prefect.flow_run_id") == run for version in versions.values()):
-        return None  # an earlier attempt of this run came so far that it has a version to judge
+        return None  # an earlier attempt of this run registered a version, which must be judged
     today = f"today's champion, version {champion.version}"
+    # Versions that somebody rolled back to the present champion: not to be trained again.
     undone = {
         move.from_version
         for move in moves_of(versions[champion.version])
@@ -30,7 +31,7 @@ def find_repeat(champion: ModelVersion | None, ours: Fingerprint) -> str | None:
     }
     for number in sorted(versions, key=int, reverse=True):
         tags = versions[number].tags
-        if TAG not in tags:
+        if TAG not in tags:  # registered without a fingerprint: nothing to compare
             continue
         theirs = Fingerprint.model_validate_json(tags[TAG])
         same = f"version {number} was made of the same snapshot, code, parameters and environment"

@@ -1,4 +1,4 @@
-"""Know the present snapshot of a data set, and fetch what a data set begins with."""
+"""Take the present snapshot of a data set, and download its base the first time."""
 
 from typing import Annotated
 
@@ -20,21 +20,22 @@ Dataset = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
 
 @step
 def take_snapshot(dataset: Dataset, store: str) -> Snapshot:
-    """Return the present snapshot: what the data set began with, and every batch accepted since.
+    """Return the present snapshot: the base of the data set and every batch accepted since.
 
-    A data set that has not begun is fetched, once. `mnist` comes from the mirror in `MNIST_MIRROR`
+    A data set without a base is downloaded, once. `mnist` comes from the mirror in `MNIST_MIRROR`
     (an http, https or file address of a folder with the four archives) or from torchvision's
-    mirrors; `digits` is scikit-learn's embedded sample; `auto` is `mnist` if it can be had, else
-    `digits`; any other name has its four archives under `datasets/NAME/base/` in the store. Raises
-    MirrorUnreachable, DatasetUnknown, and ValueError for archives that are corrupt or hold
+    mirrors; `digits` is scikit-learn's embedded sample; `auto` is `mnist` if it can be downloaded,
+    else `digits`; any other name has its four archives under `datasets/NAME/base/` in the store.
+    Raises MirrorUnreachable, DatasetUnknown, and ValueError for archives that are corrupt or hold
     something else.
     """
-    logger, place = get_run_logger(), Store(store)
+    logger = get_run_logger()
+    s3 = Store(store)
     name = "mnist" if dataset == "auto" else dataset
-    base = read_base(place, name)
+    base = read_base(s3, name)
     if base is None:
         try:
-            base = _fetch(name, place)
+            base = _fetch(name, s3)
         except MirrorUnreachable as error:
             if dataset != "auto":
                 raise
@@ -43,8 +44,8 @@ def take_snapshot(dataset: Dataset, store: str) -> Snapshot:
                 "model is called digits-cnn and never competes with mnist-cnn. The cause: %s",
                 error,
             )
-            base = read_base(place, "digits") or _fetch("digits", place)
-    snapshot = present_snapshot(place, base, read_ledger(place, base.dataset))
+            base = read_base(s3, "digits") or _fetch("digits", s3)
+    snapshot = present_snapshot(s3, base, read_ledger(s3, base.dataset))
     logger.info(
         "snapshot %s of %s: %d training and %d test images",
         snapshot.digest[:12],
@@ -57,27 +58,31 @@ def take_snapshot(dataset: Dataset, store: str) -> Snapshot:
 
 @step
 def accept_base(validated: ValidatedSnapshot) -> None:
-    """Let the data set begin with what was validated, if it has not begun; now it only grows."""
+    """Make a validated snapshot the base of its data set, if there is none yet.
+
+    From then on the data set only grows. A base that failed validation is never accepted.
+    """
+    # A snapshot with a parent extends a base that was accepted before.
     if validated.snapshot.parent is None:
         write_base(Store(validated.snapshot.store), validated.snapshot)
 
 
 @step
 def compare_snapshots(dataset: Dataset, before: str, after: str, store: str) -> str:
-    """Publish what came in between two snapshots, given by their digests, and what it changed.
+    """Publish the shards added between two snapshots, given by digest, and the drift they brought.
 
-    Returns a sentence. Raises FileNotFoundError for a digest of no snapshot, ValueError for one of
-    another data set.
+    Returns a summary as a sentence. Raises FileNotFoundError for a digest of no snapshot,
+    ValueError for one of another data set.
     """
-    place = Store(store)
-    old, new = (read_snapshot(place, dataset, digest) for digest in (before, after))
+    s3 = Store(store)
+    old, new = (read_snapshot(s3, dataset, digest) for digest in (before, after))
     for split in SPLITS:
-        there = {shard.digest for shard in old.shards(split)}
-        came = [shard for shard in new.shards(split) if shard.digest not in there]
+        known = {shard.digest for shard in old.shards(split)}
+        added = [shard for shard in new.shards(split) if shard.digest not in known]
         create_table_artifact(
             [
                 {"part": shard.digest[:12], "images": str(shard.images), "from": shard.origin}
-                for shard in came
+                for shard in added
             ],
             key=f"came-in-{split}",
             description=f"What is in {after[:12]} and not in {before[:12]}, {split} split",

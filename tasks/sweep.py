@@ -1,4 +1,4 @@
-"""Start an ingest for each data set that something has arrived for."""
+"""Sweep the store for arrivals, and start an ingest for each data set that has some."""
 
 import httpx
 from prefect import runtime
@@ -14,27 +14,30 @@ INGEST = "ingest/on-arrival"
 @step
 def find_waiting_datasets(store: str) -> list[str]:
     """Return the data sets that have objects under `datasets/NAME/incoming/`."""
-    place = Store(store)
+    s3 = Store(store)
     return [
         dataset
-        for dataset in place.folders("datasets/")
-        if "incoming" in place.folders(f"datasets/{dataset}/")
+        for dataset in s3.folders("datasets/")
+        if "incoming" in s3.folders(f"datasets/{dataset}/")
     ]
 
 
 @step
 def start_ingests(datasets: list[str], store: str) -> tuple[list[str], list[str]]:
-    """Make a run of `INGEST` for each data set; return those started, and a sentence a fault.
+    """Create a run of `INGEST` for each data set; return the data sets started, and the faults.
 
-    A retry of this flow run makes no second run: each has a key of this run and its data set.
+    A fault is a sentence on a data set whose run could not be created; the others are started all
+    the same. A retry of this flow run creates no second run: the idempotency key of each holds this
+    run and the data set.
     """
-    started, faults = list[str](), list[str]()
+    started: list[str] = []
+    faults: list[str] = []
     for dataset in datasets:
         try:
             run_deployment(
                 INGEST,
                 parameters={"dataset": dataset, "store": store},
-                timeout=0,
+                timeout=0,  # do not wait for the ingest to end
                 as_subflow=False,
                 idempotency_key=f"{runtime.flow_run.id}-{dataset}",
             )

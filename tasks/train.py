@@ -1,4 +1,4 @@
-"""Train a candidate, and keep it with its metrics and its origin in an MLflow run."""
+"""Train a candidate, and log it with its metrics and its origin to an MLflow run."""
 
 import json
 import os
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 FLOW_RUN_TAG = "prefect.flow_run_id"
 SUPERSEDED = "superseded"
-"""The tag of an MLflow run that its flow run went on without, and why."""
+"""Tag of an MLflow run that its flow run has replaced by another; its value is the reason."""
 
 _KEPT_CHECKPOINTS = 3
 _SECONDS_BETWEEN_LOG_LINES = 10.0
@@ -55,24 +55,27 @@ def train_model(
 ) -> Candidate:
     """Train on the snapshot's training split and store the model without pickle.
 
-    Checkpoints go to S3. A repeat within the same flow run, after a crash or a stop, goes on from
-    the newest of them, in the same MLflow run. SIGTERM writes a last one first. If the data or the
-    parameters are others by then, as after an upgrade, another MLflow run supersedes the first.
+    Checkpoints go to S3. A repeat within the same flow run, after a crash or a stop, resumes from
+    the newest of them, in the same MLflow run. SIGTERM stops training after a last checkpoint. If
+    the data or the parameters have changed by then, as after an upgrade, another MLflow run
+    supersedes the first.
     """
     import mlflow
 
     from mnist_cnn.training import TrainingStopped
 
     logger = get_run_logger()
-    follow_quota()
+    follow_quota()  # bounds torch's threads by the container's CPU quota
     snapshot = validated.snapshot
     digits = read_split(snapshot, "train")
     mlflow.set_experiment(snapshot.model_name)
     params = {k: str(v) for k, v in (config.model_dump() | config.recipe().model_dump()).items()}
     earlier = _earlier_run(snapshot.model_name)
+    # MLflow refuses to overwrite a parameter, and one run must not mix two data sets.
     if earlier and (changed := _changes(earlier, params, snapshot.digest)):
         _supersede(earlier, changed)
         earlier = None
+    # The crash came after training: its result is complete.
     if earlier and (done := _logged_model(earlier)):
         return Candidate(
             name=snapshot.model_name,
@@ -81,7 +84,7 @@ def train_model(
             snapshot=snapshot.digest,
         )
     known_steps = _logged_steps(earlier)
-    show = _ProgressArtifact()
+    artifact = _ProgressArtifact()
     with mlflow.start_run(
         earlier.info.run_id if earlier else None,
         run_name=runtime.flow_run.name,
@@ -98,6 +101,7 @@ def train_model(
 
         def on_epoch(metrics: "EpochMetrics") -> None:
             logger.info("epoch %d: loss %.4f", metrics.epoch, metrics.loss)
+            # A resume repeats the steps after its checkpoint. MLflow would keep both values.
             if metrics.step not in known_steps:
                 mlflow.log_metrics(_figures(metrics), step=metrics.step, synchronous=False)
 
@@ -107,7 +111,7 @@ def train_model(
                     digits,
                     config,
                     device,
-                    on_progress=show.progress,
+                    on_progress=artifact.progress,
                     on_epoch=on_epoch,
                     checkpoints=_Checkpoints(Store(snapshot.store)),
                     stop=stop,
@@ -141,8 +145,9 @@ def train_model(
         )
         _log_onnx(training.model)
         model = _log_model(training.model)
-        mlflow.flush_async_logging()  # of the epochs: a run that has ended is complete
-    show.done(
+        # The epochs were logged asynchronously. Wait for them: a run that has ended is complete.
+        mlflow.flush_async_logging()
+    artifact.done(
         f"{training.outcome}: {training.steps:,} steps in {training.seconds:.1f} s "
         f"on {training.device}"
     )
@@ -152,19 +157,21 @@ def train_model(
 
 
 def _trainer(processes: int) -> "Callable[..., Training]":
-    """Return `train`, or its like for several processes."""
+    """Return `train`, or `train_distributed` with that number of processes."""
     from mnist_cnn.training import train, train_distributed
 
     return train if processes == 1 else partial(train_distributed, processes=processes)
 
 
 class _Checkpoints:
-    """A `CheckpointStore` in S3 with the newest few of this flow run."""
+    """A `CheckpointStore` in S3 that keeps the newest few checkpoints of this flow run."""
 
     def __init__(self, store: Store) -> None:
-        self._store, self._prefix = store, f"runs/{runtime.flow_run.id}/checkpoints/"
+        self._store = store
+        self._prefix = f"runs/{runtime.flow_run.id}/checkpoints/"
 
     def save(self, name: str, content: bytes) -> None:
+        # The new one first: a crash in between leaves one too many, never none.
         self._store.put(self._prefix + name, content)
         for old in self.list()[:-_KEPT_CHECKPOINTS]:
             self._store.remove(self._prefix + old)
@@ -177,10 +184,10 @@ class _Checkpoints:
 
 
 class _ProgressArtifact:
-    """What people see in the Prefect UI while training runs.
+    """A progress artifact in the Prefect UI, updated while training runs.
 
-    A request to the server takes longer than a training step, so another thread makes it; what is
-    not yet sent when the next news comes is skipped.
+    A request to the server takes longer than a training step, so another thread sends it. An update
+    that comes while one is being sent is skipped.
     """
 
     def __init__(self) -> None:
@@ -191,7 +198,7 @@ class _ProgressArtifact:
         self._logged = time.monotonic()
 
     def progress(self, now: "Progress") -> None:
-        """Show where training is; called about once a second, and returns at once."""
+        """Show the state of training; called about once a second, and returns at once."""
         sentence = (
             f"step {now.step:,} of {now.steps:,}: {now.images_per_second:,.0f} images/s, "
             f"{now.seconds_left:.0f} s left"
@@ -204,7 +211,7 @@ class _ProgressArtifact:
             self._sending = self._send(percent, sentence)
 
     def done(self, sentence: str) -> None:
-        """Show the end; an update that failed on the way is told in the log."""
+        """Show the end; log a warning if an update failed on the way."""
         self._logger.info(sentence)
         last = self._send(100.0, sentence)
         self._sender.shutdown(wait=True)
@@ -213,7 +220,8 @@ class _ProgressArtifact:
                 self._logger.warning("the progress artifact was not brought up to date: %s", error)
 
     def _send(self, percent: float, sentence: str) -> Future[object]:
-        run = copy_context().run  # the thread has no Prefect settings of its own
+        # Prefect keeps run and settings in context variables, which a new thread starts without.
+        run = copy_context().run
         return self._sender.submit(run, self._show, percent, sentence)
 
     def _show(self, percent: float, sentence: str) -> None:
@@ -227,14 +235,16 @@ class _ProgressArtifact:
 
 @contextmanager
 def _sigterm() -> Iterator[Callable[[], str | None]]:
-    """Let SIGTERM ask training to stop; once it has stopped, hand the signal on to Prefect.
+    """Stop training on SIGTERM; once it has stopped, raise the signal again for Prefect.
 
-    Yields the question to ask before each step. Only a main thread can catch signals; in another
-    one SIGTERM ends the process at once, and the run goes on from the last regular checkpoint.
+    Yields a function to call before each step, which returns the reason to stop, or None. Only a
+    main thread can catch signals; elsewhere SIGTERM ends the process at once, and the run resumes
+    from the last regular checkpoint.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
+    # The handler only takes a note: a signal may arrive in the middle of a step.
     caught: list[str] = []
     before = signal.signal(signal.SIGTERM, lambda *_: caught.append("SIGTERM"))
     try:
@@ -247,10 +257,10 @@ def _sigterm() -> Iterator[Callable[[], str | None]]:
 
 @dataclass
 class _Meter:
-    """What the training used, by codecarbon's estimate, and on which machine."""
+    """Energy and emissions of a training, by codecarbon's estimate, and the machine it ran on."""
 
     kwh: float | None = None
-    """None if codecarbon gave nothing, which the card states as a gap."""
+    """None if codecarbon measured nothing, which the card states as a gap."""
     grams_co2e: float | None = None
     machine: dict[str, str | int | float] = field(default_factory=dict)
 
@@ -284,11 +294,12 @@ def _metered() -> Iterator[_Meter]:
             "memory_gib": psutil.virtual_memory().total / 2**30,
             "python": platform.python_version(),
         }
-        # codecarbon keeps its own errors to itself; what is missing then is its result.
+        # codecarbon raises none of its errors; after one, only its result is missing.
         used = getattr(tracker, "final_emissions_data", None)
         if used is not None:
             counted = Path("/sys/class/powercap/intel-rapl").exists() or used.gpu_count
-            meter.kwh, meter.grams_co2e = used.energy_consumed, 1000 * used.emissions
+            meter.kwh = used.energy_consumed
+            meter.grams_co2e = 1000 * used.emissions  # codecarbon gives kilograms
             meter.machine |= {
                 "processor": used.cpu_model,
                 "accelerator": used.gpu_model or "",
@@ -302,6 +313,7 @@ def _metered() -> Iterator[_Meter]:
 
 
 def _figures(metrics: "EpochMetrics") -> dict[str, float]:
+    """Return the metrics of an epoch by their names in MLflow, without those not measured."""
     figures = {
         "train_loss": metrics.loss,
         "train_accuracy": metrics.accuracy,
@@ -313,7 +325,7 @@ def _figures(metrics: "EpochMetrics") -> dict[str, float]:
 
 
 def _earlier_run(experiment: str) -> "Run | None":
-    """Return the MLflow run that an earlier attempt of this flow run began, the last of them."""
+    """Return the newest MLflow run of this flow run that none supersedes; None if it has none."""
     import mlflow
 
     runs: list[Run] = mlflow.search_runs(
@@ -325,20 +337,21 @@ def _earlier_run(experiment: str) -> "Run | None":
 
 
 def _changes(earlier: "Run", params: Mapping[str, str], snapshot: str) -> list[str]:
-    """Name what is not as in an earlier attempt: the data, or parameters that MLflow would refuse.
+    """Return the names of differences from an earlier attempt: the data, or parameters.
 
-    A model that is finished is what it is; only its data have to be the same.
+    MLflow refuses to change a parameter of a run. For a model that is finished, only the data
+    counts.
     """
     known = earlier.data.params
     others = sorted(name for name in {*params, *known} if params.get(name) != known.get(name))
-    if not known or _logged_model(earlier):
+    if not known or _logged_model(earlier):  # without parameters it died before it logged any
         others = []
     same_data = earlier.data.tags.get("snapshot", snapshot) == snapshot
     return others if same_data else ["snapshot", *others]
 
 
 def _supersede(run: "Run", changed: list[str]) -> None:
-    """End an MLflow run that cannot be gone on with, and say why."""
+    """End an MLflow run that cannot be resumed; log the reason and tag the run with it."""
     from mlflow import MlflowClient
 
     why = (
@@ -352,7 +365,7 @@ def _supersede(run: "Run", changed: list[str]) -> None:
 
 
 def _logged_steps(run: "Run | None") -> set[int]:
-    """Return the steps that an earlier attempt has told MLflow about."""
+    """Return the steps whose metrics an earlier attempt has logged to MLflow."""
     from mlflow import MlflowClient
 
     if run is None:
@@ -362,14 +375,14 @@ def _logged_steps(run: "Run | None") -> set[int]:
 
 
 def _logged_model(run: "Run") -> str | None:
-    """Return the model that an earlier attempt has finished, if it got so far."""
+    """Return the address of the model that an earlier attempt has logged, if it was finished."""
     if run.info.status != "FINISHED" or not (run.outputs and run.outputs.model_outputs):
         return None
     return f"models:/{run.outputs.model_outputs[0].model_id}"
 
 
 def _log_onnx(model: "DigitCNN") -> None:
-    """Keep the model as ONNX too, the fastest way to predict one image."""
+    """Log the model as ONNX too, the fastest format for predicting single images."""
     import mlflow
 
     from mnist_cnn.training.onnx_graph import to_onnx
@@ -381,12 +394,10 @@ def _log_onnx(model: "DigitCNN") -> None:
 
 
 def _log_model(model: "DigitCNN") -> str:
-    """Store the exported graph; it holds tensors and a graph, and runs no code when it is loaded.
+    """Log the model as an exported graph and return its address.
 
-    Batch normalisation is folded into the convolutions, which spares time and changes rounding.
-    The requirements are given because inferring them takes a subprocess and 10 s; the example has
-    two images because the exporter would freeze a batch of one; the format is contiguous because
-    the exporter doubts any other.
+    The file holds tensors and a graph, and runs no code when it is loaded. Batch normalisation is
+    folded into the convolutions, which saves time and changes only rounding.
     """
     import mlflow.pytorch
     import torch
@@ -394,6 +405,7 @@ def _log_model(model: "DigitCNN") -> str:
     from mlflow.types import Schema, TensorSpec
 
     info = mlflow.pytorch.log_model(
+        # The exporter doubts any other memory format than contiguous.
         model.folded().to(memory_format=torch.contiguous_format),
         name="model",
         serialization_format="pt2",
@@ -401,7 +413,9 @@ def _log_model(model: "DigitCNN") -> str:
             Schema([TensorSpec(np.dtype("uint8"), (-1, SIDE, SIDE))]),
             Schema([TensorSpec(np.dtype("float32"), (-1, CLASSES))]),
         ),
+        # Two images: from a batch of one, the exporter would fix the batch size at one.
         input_example=np.zeros((2, SIDE, SIDE), np.uint8),
+        # Without them, MLflow infers the requirements in a subprocess, which takes 10 s.
         pip_requirements=[f"torch=={installed('torch')}"],
     )
     return str(info.model_uri)

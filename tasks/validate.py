@@ -1,4 +1,4 @@
-"""Refuse bad data before any compute is spent on it."""
+"""Validate a snapshot, so that bad data is rejected before any compute is spent on it."""
 
 import json
 
@@ -15,25 +15,28 @@ from tasks.services.step import step
 
 
 def validation_folder(snapshot: Snapshot) -> str:
-    """Return where the verdict on a snapshot is kept, for as long as the expectations are these."""
+    """Return the folder of the verdict on a snapshot; changed expectations have another."""
     judge = digest_code("expectations")[:16]
     return f"datasets/{snapshot.dataset}/validations/{snapshot.digest}-{judge}"
 
 
 @step
 def validate_snapshot(snapshot: Snapshot) -> ValidatedSnapshot | RejectedSnapshot:
-    """Judge both splits by their suites, store the result in S3, and pass or refuse the snapshot.
+    """Validate both splits by their suites, store the result in S3, and return the verdict.
 
-    Each failed critical expectation refuses it; the others are warnings. What the same expectations
-    have said of the same snapshot before is read and not judged again.
+    One failed critical expectation rejects it; other failures are warnings. A snapshot that passed
+    the same expectations before is not validated again.
     """
-    logger, store = get_run_logger(), Store(snapshot.store)
+    logger = get_run_logger()
+    store = Store(snapshot.store)
     folder = validation_folder(snapshot)
-    passed, refused = f"{folder}/passed.json", f"{folder}/refused.json"
+    passed = f"{folder}/passed.json"
+    refused = f"{folder}/refused.json"
     if store.has(passed):
         logger.info("these expectations have passed this snapshot before")
         return ValidatedSnapshot.model_validate_json(store.get(passed))
-    train, test = read_split(snapshot, "train"), read_split(snapshot, "test")
+    train = read_split(snapshot, "train")
+    test = read_split(snapshot, "test")
     report = validate(
         image_table(train.images, train.labels), image_table(test.images, test.labels)
     )
@@ -52,5 +55,6 @@ def validate_snapshot(snapshot: Snapshot) -> ValidatedSnapshot | RejectedSnapsho
     validated = ValidatedSnapshot(
         snapshot=snapshot, report=page, expectations=len(report.findings), warnings=warnings
     )
+    # Last: it makes the snapshot count as passed, so report and results must be there.
     store.put(passed, validated.model_dump_json(indent=1).encode())
     return validated

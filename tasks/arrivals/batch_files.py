@@ -1,10 +1,9 @@
-"""Read the files of an arriving batch: from bytes that anybody may have sent to plain arrays.
+"""Parse the files of an arriving batch: from untrusted bytes to plain arrays.
 
 A batch is a flat folder with an IDX pair (gzipped or not) or Parquet files in the Hugging Face
-image layout, `image` a struct whose `bytes` are a PNG and `label` an integer. What is promised is
-checked before anything is unpacked, and memory is taken for what was allowed, not for what was
-sent. Nothing here judges digits: images of any look and labels of any value are for the
-expectations.
+image layout, `image` a struct whose `bytes` are a PNG and `label` an integer. Declared sizes are
+checked before anything is unpacked, and memory is bounded by the limits below, for any input.
+Nothing here judges digits: images of any look and labels of any value are left to the expectations.
 """
 
 import io
@@ -26,22 +25,22 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 MAX_IMAGES = 500_000
-"""Images in a batch: eight times MNIST, 392 MB of pixels. More come as several batches."""
+"""Maximum images in a batch: eight times MNIST, 392 MB of pixels. Send more as several batches."""
 
 MAX_PIXELS = MAX_IMAGES * SIDE * SIDE
-"""Bytes of all images of a batch in memory."""
+"""Maximum size of all images of a batch in memory, in bytes: one a pixel."""
 
 MAX_FILE_BYTES = 400 << 20
-"""Size of one file: `MAX_PIXELS` in an IDX file that is not packed, and its header."""
+"""Maximum size of a file, in bytes: `MAX_PIXELS` in an uncompressed IDX file, and its header."""
 
 MAX_BATCH_BYTES = 512 << 20
-"""Size of all files of a batch, which are in memory while it is read."""
+"""Maximum size of all files of a batch, in bytes; they are in memory while it is parsed."""
 
 MAX_FILES = 200
-"""Files in a batch: the Hugging Face layout cuts a split into tens of shards at most."""
+"""Maximum files in a batch: the Hugging Face layout cuts a split into tens of shards at most."""
 
 MAX_NAME = 200
-"""Characters in a file's name: less than the 255 bytes that file systems take."""
+"""Maximum characters in a file's name: less than the 255 bytes that file systems take."""
 
 _ROWS = 4096  # images decoded at a time: 3.2 MB, and the vectors of the row filters fit in a cache
 MARKER = "_SUCCESS"
@@ -50,15 +49,15 @@ _IDX_NAME = re.compile(r"(.*)(images[.-]idx3|labels[.-]idx1)-ubyte(\.gz)?")
 
 
 class BadBatch(ValueError):
-    """What a producer sent cannot be read.
+    """A batch cannot be read.
 
-    The sentence says which file, what was got and what was expected; rows count from 0.
+    The message names the file, the observed and the expected value; rows count from 0.
     """
 
 
 @dataclass(frozen=True, eq=False)
 class RawBatch:
-    """What the files of a batch hold: readable, of one size, and not judged yet.
+    """Images and labels of a batch: readable, of one size, and not judged yet.
 
     `images` is uint8 (N, height, width) with N of at least 1 and sides of 1 to `MAX_SIDE`;
     `labels` is int64 (N,), of any value. The images may be a read-only view of the file.
@@ -72,7 +71,7 @@ class RawBatch:
 
 
 def check_names(files: Mapping[str, int]) -> None:
-    """Refuse a batch by what a listing says of it, before anything is fetched.
+    """Check a batch by the listing of its files, before any download.
 
     `files` maps names, relative to the batch's folder, to sizes in bytes. Raises BadBatch unless
     they are one IDX pair or some Parquet files, of plain names and bounded sizes, and nothing else
@@ -86,6 +85,7 @@ def check_names(files: Mapping[str, int]) -> None:
                 f"{name[:MAX_NAME]!a} is no plain file name; expected at most {MAX_NAME} "
                 "letters, digits, '.', '_' and '-', no '.' at the start and no folders"
             )
+    # Names are clean from here on and can stand in a message as they are.
     sizes = {name: size for name, size in files.items() if name != MARKER}
     if not sizes:
         raise BadBatch("the batch has no file; expected an IDX pair or Parquet files")
@@ -103,7 +103,7 @@ def check_names(files: Mapping[str, int]) -> None:
 
 
 def _check_formats(names: list[str]) -> None:
-    """Refuse all but one IDX pair or some Parquet files."""
+    """Raise BadBatch unless the names are one IDX pair or some Parquet files."""
     pairs = {name: match for name in names if (match := _IDX_NAME.fullmatch(name))}
     foreign = [name for name in names if name not in pairs and not name.endswith(".parquet")]
     if foreign:
@@ -113,6 +113,7 @@ def _check_formats(names: list[str]) -> None:
         )
     if pairs and len(pairs) < len(names):
         raise BadBatch(f"the batch mixes IDX and Parquet ({_few(names)}); expected one of them")
+    # The two names of a pair begin alike: the first group of the pattern.
     kinds = sorted(match[2][:6] for match in pairs.values())
     if pairs and (kinds != ["images", "labels"] or len({m[1] for m in pairs.values()}) > 1):
         raise BadBatch(
@@ -124,19 +125,20 @@ def _check_formats(names: list[str]) -> None:
 def parse_batch(files: Mapping[str, bytes]) -> RawBatch:
     """Return images and labels of a batch, in the order of its file names.
 
-    `files` maps names, relative to the batch's folder, to contents. Raises BadBatch, and nothing
-    else, whatever they hold.
+    `files` maps names, relative to the batch's folder, to contents. Raises BadBatch and no other
+    error, for any content.
     """
     check_names({name: len(content) for name, content in files.items()})
     names = sorted(name for name in files if name != MARKER)
     if names[0].endswith(".parquet"):
         return _parse_parquet({name: files[name] for name in names})
+    # The kind is "images" or "labels"; False sorts before True, so the labels come first.
     labels, images = sorted(names, key=lambda name: "images" in _IDX_NAME.sub(r"\2", name))
     return _parse_pair(images, files[images], labels, files[labels])
 
 
 def write_parquet(digits: Digits) -> bytes:
-    """Return digits as producers send them: Parquet in the Hugging Face layout, PNGs by Pillow."""
+    """Return digits as a producer's file: Parquet in the Hugging Face layout, PNGs by Pillow."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     from PIL import Image
@@ -160,7 +162,8 @@ def _few(names: list[str]) -> str:
 
 
 def _parse_pair(images: str, pixels: bytes, labels: str, digits: bytes) -> RawBatch:
-    """Parse the labels first: they are small, and say how many images there may be."""
+    """Parse an IDX pair, given as names and contents."""
+    # The labels first: they are small, and too many are refused before the images are unpacked.
     label = _parse_idx(labels, digits, 1, MAX_IMAGES)
     image = _parse_idx(images, pixels, 3, MAX_PIXELS)
     if len(image) != len(label):
@@ -190,8 +193,12 @@ def _parse_idx(name: str, content: bytes, dimensions: int, limit: int) -> NDArra
 
 
 def _parse_parquet(files: Mapping[str, bytes]) -> RawBatch:
-    """Open all files, so that their rows are known, then decode a few thousand rows at a time."""
-    opened, total = {}, 0
+    """Parse Parquet files in two passes: count the rows of all, then decode a few thousand at once.
+
+    With the total known, images and labels are allocated once.
+    """
+    opened: dict[str, pq.ParquetFile] = {}
+    total = 0
     for name, content in files.items():
         opened[name] = _open_parquet(name, content)
         rows = opened[name].metadata.num_rows
@@ -201,11 +208,14 @@ def _parse_parquet(files: Mapping[str, bytes]) -> RawBatch:
                 f"{name} promises {rows} rows, {total} with the files before it; expected at most "
                 f"{MAX_IMAGES} in all"
             )
-    side: Size | None = None
-    images, labels = np.empty((total, 0, 0), np.uint8), np.empty(total, np.int64)
+    side: Size | None = None  # of the first image that can be read; all others must have it
+    images = np.empty((total, 0, 0), np.uint8)  # allocated once the side is known
+    labels = np.empty(total, np.int64)  # (N,)
     at = 0
     for name, file in opened.items():
-        start, bad, first = at, 0, ""
+        start = at
+        bad = 0
+        first = ""
         for pngs, digits in _rows(name, file):
             labels[at : at + len(pngs)] = digits
             side, decoded, refused = decode(pngs, side)
@@ -213,17 +223,19 @@ def _parse_parquet(files: Mapping[str, bytes]) -> RawBatch:
                 row, reason = next(iter(refused.items()))
                 first = f"the first, in row {at - start + row}, {reason}"
             bad += len(refused)
+            # After a bad image the rest of the file is decoded only to count the bad ones.
             if not bad:
                 if not images.size:
-                    images = _room(name, total, *decoded.shape[1:])
-                images[at : at + len(pngs)] = decoded
+                    images = _allocate(name, total, *decoded.shape[1:])
+                images[at : at + len(pngs)] = decoded  # (rows, height, width)
             at += len(pngs)
         if bad:
             raise BadBatch(f"{name}: {bad} of {at - start} images cannot be read; {first}")
     return RawBatch(images, labels)
 
 
-def _room(name: str, count: int, height: int, width: int) -> NDArray[np.uint8]:
+def _allocate(name: str, count: int, height: int, width: int) -> NDArray[np.uint8]:
+    """Allocate uint8 (count, height, width); BadBatch if that is more than `MAX_PIXELS`."""
     if count * height * width > MAX_PIXELS:
         raise BadBatch(
             f"{name} begins {count} images of {height} x {width}, {count * height * width} pixels; "
@@ -233,13 +245,13 @@ def _room(name: str, count: int, height: int, width: int) -> NDArray[np.uint8]:
 
 
 def _printable(foreign: object) -> str:
-    """Return what holds a producer's words so that it can stand in a sentence of ours."""
+    """Return untrusted text as at most 200 ASCII characters, for use in a message."""
     return ascii(str(foreign))[1:-1][:200]
 
 
 @contextmanager
 def _arrow(name: str) -> Iterator[None]:
-    """Turn what Arrow raises into a sentence of ours."""
+    """Raise BadBatch in place of Arrow's errors."""
     import pyarrow as pa
 
     try:
@@ -252,7 +264,7 @@ def _arrow(name: str) -> Iterator[None]:
 
 
 def _open_parquet(name: str, content: bytes) -> "pq.ParquetFile":
-    """Open a file whose footer promises the two columns and no more than there may be."""
+    """Open a Parquet file after checking its pages, sizes and columns; BadBatch if one is wrong."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -269,6 +281,7 @@ def _open_parquet(name: str, content: bytes) -> "pq.ParquetFile":
         file = pq.ParquetFile(pa.BufferReader(content), **options)
         schema = file.schema_arrow
     _check_columns(name, schema)
+    # Opened again, now that `image.bytes` is known to exist.
     with _arrow(name):
         # As a dictionary, a value that a million rows repeat is one value in memory, not a million.
         options |= {"metadata": file.metadata, "read_dictionary": ["image.bytes"]}
@@ -276,6 +289,10 @@ def _open_parquet(name: str, content: bytes) -> "pq.ParquetFile":
 
 
 def _check_columns(name: str, schema: Any) -> None:
+    """Raise BadBatch unless the schema has one `image` with binary `bytes` and one integer `label`.
+
+    Parquet allows the same name twice, so that columns are counted, not looked up.
+    """
     import pyarrow as pa
 
     for column in ("image", "label"):
@@ -285,7 +302,8 @@ def _check_columns(name: str, schema: Any) -> None:
                 f"{name} has {found} columns {column!r} among {schema.names[:10]!a}; expected "
                 "one 'image' (struct of bytes and path) and one 'label' (integer)"
             )
-    image, label = schema.field("image").type, schema.field("label").type
+    image = schema.field("image").type
+    label = schema.field("label").type
     bytes_at = image.get_all_field_indices("bytes") if pa.types.is_struct(image) else []
     held = image.field(bytes_at[0]).type if len(bytes_at) == 1 else image
     if len(bytes_at) != 1 or not (pa.types.is_binary(held) or pa.types.is_large_binary(held)):
@@ -298,11 +316,18 @@ def _check_columns(name: str, schema: Any) -> None:
 
 
 def _rows(name: str, file: "pq.ParquetFile") -> Iterator[tuple[list[bytes | None], Any]]:
-    """Yield PNGs and labels of a few thousand rows at a time; BadBatch if a label is null."""
+    """Yield PNGs and labels of a few thousand rows at a time.
+
+    Raises BadBatch for a label that is null, a PNG that is too large, or another number of rows
+    than the footer states.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    promised, seen, nulls, first_null = file.metadata.num_rows, 0, 0, 0
+    promised = file.metadata.num_rows
+    seen = 0
+    nulls = 0
+    first_null = 0
     pngs: list[bytes | None] = []
     labels: list[NDArray[np.int64]] = []
     with _arrow(name):
@@ -312,6 +337,8 @@ def _rows(name: str, file: "pq.ParquetFile") -> Iterator[tuple[list[bytes | None
                 first_null = seen + pc.index(label.is_null(), True).as_py()
             nulls += label.null_count
             (png,) = part["image"].flatten()  # with the nulls of the struct
+            # The longest value that a row uses, before any row's bytes become a Python object. The
+            # dictionary alone may hold values that no row uses.
             longest = pc.max(pc.binary_length(png.dictionary).take(png.indices)).as_py() or 0
             if longest > MAX_PNG_BYTES:
                 raise BadBatch(
@@ -319,13 +346,15 @@ def _rows(name: str, file: "pq.ParquetFile") -> Iterator[tuple[list[bytes | None
                     f"{seen + len(part) - 1}; expected PNGs of at most {MAX_PNG_BYTES}"
                 )
             seen += len(part)
-            if seen > promised:
+            if seen > promised:  # the arrays have no room for more
                 break
             pngs += png.dictionary_decode().to_pylist()
+            # A null becomes 0 here and an error at the end, with the number of all nulls.
             labels.append(label.fill_null(0).cast(pa.int64()).to_numpy())
             if len(pngs) >= _ROWS:
                 yield pngs, np.concatenate(labels)
-                pngs, labels = [], []
+                pngs = []
+                labels = []
     if seen != promised:
         more = "more" if seen > promised else str(seen)
         raise BadBatch(f"{name} promises {promised} rows but holds {more}; write it again")

@@ -1,48 +1,76 @@
-"""Check what the pages of a Parquet file would unpack to, before any reader unpacks them.
+"""Check the unpacked sizes of a Parquet file's pages, before any reader unpacks them.
 
-A file's footer says it too, but readers take memory for what the page says, and a bomb's footer
-lies. Nothing of a library is asked: Arrow 25 ends the process, with no exception, if Python asks it
-for the metadata of a column whose size statistics are corrupt.
+The footer states a size too, but readers allocate by the page headers, and the footer of a
+decompression bomb lies. The check uses no library: Arrow 25 ends the process, with no exception,
+when Python reads the metadata of a column whose size statistics are corrupt.
 """
 
 from typing import Any
 
 MAX_PAGE_BYTES = 64 << 20
-"""Size of an unpacked page: one page for 122,880 images, DuckDB's row group, takes 40 MB."""
+"""Maximum bytes of an unpacked page: one for 122,880 images, DuckDB's row group, takes 40 MB."""
 
 MAX_FOOTER_BYTES = 2 << 20
-"""Size of the footer: 1.5 kB for each row group of 1,000 images makes 0.75 MB for 500,000."""
+"""Maximum bytes of the footer: 1.5 kB a row group of 1,000 images makes 0.75 MB for 500,000."""
 
 MAX_ITEMS = 10_000
-"""Members of a list in the footer: row groups, or columns of one."""
+"""Maximum items of a list in the footer: row groups, or columns of one."""
 
 _MAX_PAGES = 100_000
 _MAX_PAGE_HEADER = 64 << 10  # bytes; some writers put the smallest and largest value into it
-_MAX_FIELD, _MAX_DEPTH = 1000, 16  # Parquet numbers to 20 and nests to 9, lists included
-_BOOLEANS, _BYTE, _INTEGERS, _BYTES, _LIST, _STRUCT = {1, 2}, 3, {4, 5, 6}, 8, 9, 12
+_MAX_FIELD = 1000  # Parquet's own field numbers end at 20
+_MAX_DEPTH = 16  # and its own structs and lists are nested 9 deep
+
+# Thrift's compact protocol, by its specification:
+# https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md
+# Types of a field. A boolean is its type alone and has no value after it.
+_BOOLEANS = {1, 2}
+_BYTE = 3
+_I16 = 4
+_I32 = 5
+_I64 = 6
+_INTEGERS = {_I16, _I32, _I64}
+_BYTES = 8
+_LIST = 9
+_STRUCT = 12
+_LONG_LIST = 15  # instead of a list's length: a varint with the length follows
+_MAX_SHIFT = 63  # of the last seven bits of a varint of 64 bits
+
 # Fields of https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift,
 # by number and type.
-_NUM_ROWS, _ROW_GROUPS = (3, 6), (4, _LIST)
-_COLUMN_CHUNKS, _COLUMN = (1, _LIST), (3, _STRUCT)
-_PACKED, _DATA_AT, _DICTIONARY_AT = (7, 6), (9, 6), (11, 6)
-_PAGE_UNPACKED, _PAGE_PACKED, _PAGE_VALUES = (2, 5), (3, 5), (1, 5)
+# FileMetaData
+_NUM_ROWS = (3, _I64)
+_ROW_GROUPS = (4, _LIST)
+# RowGroup
+_COLUMN_CHUNKS = (1, _LIST)
+# ColumnChunk
+_COLUMN = (3, _STRUCT)
+# ColumnMetaData
+_PACKED = (7, _I64)
+_DATA_AT = (9, _I64)
+_DICTIONARY_AT = (11, _I64)
+# PageHeader, and the first field of each struct in it
+_PAGE_UNPACKED = (2, _I32)
+_PAGE_PACKED = (3, _I32)
+_PAGE_VALUES = (1, _I32)
 _Struct = dict[tuple[int, int], Any]
 
 
 class BadPages(ValueError):
-    """A file that no reader should open; the sentence names it, what was got and expected."""
+    """A file that no reader should open; the message has the observed and the expected value."""
 
 
 class _NotThrift(ValueError):
-    """What should be a footer or page header holds what none holds."""
+    """The bytes are not a footer or page header as a writer writes it."""
 
 
 def check_pages(content: bytes, name: str, rows: int, limit: int) -> None:
-    """Refuse a Parquet file that is cut off, empty or corrupt, or unpacks to too much.
+    """Raise BadPages for a Parquet file that is cut off, empty or corrupt, or unpacks to too much.
 
-    No page may hold more than `rows` values, and all together no more than `limit` bytes. Raises
-    BadPages; `name` appears in it.
+    No page may hold more than `rows` values, and all pages together no more than `limit` bytes,
+    unpacked. `name` is the file's name in the message.
     """
+    # A file is PAR1, pages, footer, the footer's length in four bytes, PAR1.
     size = int.from_bytes(content[-8:-4], "little")
     if content[:4] != b"PAR1" or content[-4:] != b"PAR1" or size + 12 > len(content):
         raise BadPages(
@@ -71,11 +99,16 @@ def check_pages(content: bytes, name: str, rows: int, limit: int) -> None:
 
 
 def _unpacked_bytes(content: bytes, name: str, footer: _Struct, rows: int) -> int:
-    """Return what all pages unpack to, by the header of each."""
-    total, pages = 0, 0
+    """Return the unpacked size of all pages, in bytes, as their headers state it.
+
+    The pages of a column follow each other: each header gives the offset of the next one.
+    """
+    total = 0
+    pages = 0
     groups = _structs(footer[_ROW_GROUPS])
     for chunk in (chunk for group in groups for chunk in _structs(group[_COLUMN_CHUNKS])):
         column = chunk[_COLUMN]
+        # A dictionary page, if there is one, comes before the data; 0 stands for none.
         at = min(column[_DATA_AT], column.get(_DICTIONARY_AT) or column[_DATA_AT])
         end = at + column[_PACKED]
         if not 0 < at <= end <= len(content):
@@ -86,13 +119,15 @@ def _unpacked_bytes(content: bytes, name: str, footer: _Struct, rows: int) -> in
         while at < end:
             header = _Thrift(content[at : at + _MAX_PAGE_HEADER])
             sizes = header.struct()
-            unpacked, packed = sizes[_PAGE_UNPACKED], sizes[_PAGE_PACKED]
+            unpacked = sizes[_PAGE_UNPACKED]
+            packed = sizes[_PAGE_PACKED]
             at += header.at + packed
             total += unpacked
             pages += 1
+            # The number of values is in the struct of the page's kind: data, dictionary or data v2.
             kinds = (part for part in sizes.values() if isinstance(part, dict))
             values = max((part[_PAGE_VALUES] for part in kinds), default=-1)
-            if min(unpacked, packed, values) < 0:
+            if min(unpacked, packed, values) < 0:  # a negative size could loop for ever
                 raise _NotThrift
             if unpacked > MAX_PAGE_BYTES or values > rows or pages > _MAX_PAGES:
                 raise BadPages(
@@ -110,11 +145,11 @@ def _structs(values: list[Any]) -> list[_Struct]:
 
 
 class _Thrift:
-    """Read Thrift's compact protocol: what Parquet's footer and page headers use of it.
+    """A reader of Thrift's compact protocol, as far as Parquet's footer and page headers use it.
 
     A struct is a dict of its values by number and type of their field; of bytes only the length is
-    kept. Raises IndexError where the content ends, and _NotThrift for what a writer never writes,
-    such as a field that is there twice: what Arrow would make of it is not ours to guess.
+    kept. Raises IndexError where the content ends, and _NotThrift for anything that a writer never
+    writes, such as the same field twice: Arrow might take the other one of the two.
     """
 
     def __init__(self, content: bytes) -> None:
@@ -122,10 +157,11 @@ class _Thrift:
         self.at = 0
 
     def struct(self, depth: int = 0) -> _Struct:
-        """Return the struct that begins here, and stand behind it."""
+        """Return the struct that begins at `at`, and move `at` behind it."""
         values: _Struct = {}
         number = 0
         while head := self._byte():
+            # The high half of the byte is the distance from the field before, 0 if that is too far.
             kind = head & 15
             number = number + (head >> 4) if head >> 4 else self._integer()
             if (number, kind) in values or not 0 < number <= _MAX_FIELD:
@@ -146,7 +182,7 @@ class _Thrift:
             return length
         if kind == _LIST:
             head = self._byte()
-            count = head >> 4 if head >> 4 < 15 else self._varint()  # noqa: PLR2004 - 15: it follows
+            count = head >> 4 if head >> 4 < _LONG_LIST else self._varint()
             if count > MAX_ITEMS:
                 raise _NotThrift
             return [self._value(head & 15, depth + 1) for _ in range(count)]
@@ -159,14 +195,16 @@ class _Thrift:
         return self._content[self.at - 1]
 
     def _varint(self) -> int:
+        # Seven bits a byte, the lowest first; the eighth bit is set if another byte follows.
         value = shift = 0
         while (byte := self._byte()) & 128:
             value |= (byte & 127) << shift
             shift += 7
-            if shift > 63:  # noqa: PLR2004 - bits of the largest integer
+            if shift > _MAX_SHIFT:
                 raise _NotThrift
         return value | byte << shift
 
     def _integer(self) -> int:
+        # Zigzag: 0, -1, 1, -2 are written as 0, 1, 2, 3.
         value = self._varint()
         return value >> 1 ^ -(value & 1)

@@ -1,8 +1,8 @@
-"""Decode small greyscale PNGs that anybody may have sent, thousands at a time.
+"""Decode untrusted small greyscale PNGs, thousands at a time.
 
-Not by a library: images of one size and pixel format need few lines, their row filters are undone
-for all images at once (five times as many a second as Pillow), and no C code but zlib's meets what
-was sent.
+Without a library: images of one size and pixel format need few lines, their row filters are undone
+for all images at once (five times as many a second as Pillow), and no C code but zlib's reads
+untrusted bytes. Chunks, pixel formats and filters follow https://www.w3.org/TR/png/.
 """
 
 import struct
@@ -16,11 +16,10 @@ Size = tuple[int, int]
 """Height and width, pixels."""
 
 MAX_SIDE = 64
-"""Height and width, pixels: enough for an expectation to say that 32 x 32 is no MNIST image."""
+"""Maximum height and width, pixels: enough for 32 x 32 to reach the expectations."""
 
 MAX_PNG_BYTES = 16 << 10
-"""Size of one PNG: four times the pixels of the largest image, for texts and profiles beside it."""
-
+"""Maximum bytes of one PNG: four times the pixels of the largest, for texts and profiles in it."""
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLOURS = {
@@ -30,22 +29,32 @@ _COLOURS = {
     4: "greyscale with alpha",
     6: "colour with alpha",
 }
-_SUB, _UP, _AVERAGE, _PAETH = 1, 2, 3, 4
+_GREYSCALE = 0
+_DEPTH = 8  # bits a pixel
+_HEADER = struct.Struct(">IIBBBBB")  # IHDR: width, height, depth, colour type and three methods
+
+# Row filters; 0 leaves the row as it is.
+_SUB = 1
+_UP = 2
+_AVERAGE = 3
+_PAETH = 4
 
 
 class _BadImage(ValueError):
-    """One PNG cannot be read; the sentence goes on after "image N "."""
+    """One PNG cannot be read; the message continues a sentence that begins with "image N "."""
 
 
 def decode(
     pngs: Sequence[bytes | None], side: Size | None
 ) -> tuple[Size | None, NDArray[np.uint8], dict[int, str]]:
-    """Return the images' size, uint8 (N, height, width), and what is wrong with which row.
+    """Return the images' size, their pixels, uint8 (N, height, width), and the errors by row.
 
-    All must be of the size `side`, or of the first's. With anything wrong there are no pixels, and
-    the size is None as long as no image could be read. What is wrong goes on after "image N ".
+    All images must have the size `side`, or without it that of the first. With any error there are
+    no pixels, and the size is None if no image could be read. An error continues a sentence that
+    begins with "image N ".
     """
-    lines, refused = [], {}
+    lines: list[bytes] = []
+    refused: dict[int, str] = {}
     for row, png in enumerate(pngs):
         try:
             side, line = _filtered_lines(png, side)
@@ -55,8 +64,9 @@ def decode(
     if refused or side is None:
         return side, np.empty((0, 0, 0), np.uint8), refused
     height, width = side
-    joined = np.frombuffer(b"".join(lines), np.uint8).reshape(-1, height, 1 + width)
-    foreign = (joined[:, :, 0] > _PAETH).any(axis=1)
+    joined = np.frombuffer(b"".join(lines), np.uint8)
+    joined = joined.reshape(-1, height, 1 + width)  # (N, height, filter and pixels)
+    foreign = (joined[:, :, 0] > _PAETH).any(axis=1)  # (N,)
     if foreign.any():
         rows = np.flatnonzero(foreign).tolist()
         return (
@@ -68,9 +78,10 @@ def decode(
 
 
 def _filtered_lines(png: bytes | None, side: Size | None) -> tuple[tuple[int, int], bytes]:
-    """Return size and inflated lines, a filter's number before each, of a PNG that may be read.
+    """Return a PNG's size and its inflated lines, each behind the number of its filter.
 
-    Signature, sizes, pixel format and checksums come first; nothing is unpacked beyond the size.
+    Signature, sizes, pixel format and checksums are checked first. No more bytes are unpacked than
+    the size needs, and one, which shows that there are more.
     """
     if png is None:
         raise _BadImage("is null; expected a PNG")
@@ -100,6 +111,7 @@ def _chunks(png: bytes) -> Iterator[tuple[bytes, bytes]]:
     """Yield type and data of each chunk before IEND, with its checksum verified."""
     at = len(_SIGNATURE)
     while True:
+        # Length and type before the data, a checksum of type and data behind it: 12 bytes at least.
         length, kind = struct.unpack_from(">I4s", png, at) if at + 12 <= len(png) else (0, b"")
         end = at + 8 + length
         if not kind or end + 4 > len(png):
@@ -117,11 +129,11 @@ def _ascii(kind: bytes) -> str:
 
 
 def _size(kind: bytes, header: bytes, side: Size | None) -> tuple[int, int]:
-    """Return height and width that a PNG's first chunk declares, if they may be read."""
-    if kind != b"IHDR" or len(header) != 13:  # noqa: PLR2004
+    """Return the height and width in a PNG's first chunk; _BadImage for any other pixel format."""
+    if kind != b"IHDR" or len(header) != _HEADER.size:
         raise _BadImage(f"begins with a chunk {_ascii(kind)}; expected IHDR of 13 bytes")
-    width, height, depth, colour, *methods = struct.unpack(">IIBBBBB", header)
-    if depth != 8 or colour != 0:  # noqa: PLR2004
+    width, height, depth, colour, *methods = _HEADER.unpack(header)
+    if depth != _DEPTH or colour != _GREYSCALE:
         raise _BadImage(
             f"is a PNG of {depth} bits, {_COLOURS.get(colour, f'colour type {colour}')}; expected "
             "8 bits, greyscale"
@@ -143,13 +155,17 @@ def _size(kind: bytes, header: bytes, side: Size | None) -> tuple[int, int]:
 def _unfiltered(lines: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Undo the row filters of uint8 (N, height, 1 + width): https://www.w3.org/TR/png/#9Filters.
 
-    Row by row of all images at once: each filter needs the finished row above. `Sub` is a running
-    sum; `Average` and `Paeth` also need the finished pixel to the left, and go column by column.
+    Returns uint8 (N, height, width).
     """
-    filters, pixels = lines[:, :, 0], lines[:, :, 1:].copy()
-    above = np.zeros_like(pixels[:, 0])
+    # Each filter needs the finished row above, so rows go one by one, each for all images at once.
+    # `Sub` is a running sum; `Average` and `Paeth` also need the finished pixel to the left, and go
+    # column by column. Sums are modulo 256, as uint8 counts by itself.
+    filters = lines[:, :, 0]  # (N, height)
+    pixels = lines[:, :, 1:].copy()  # (N, height, width)
+    above = np.zeros_like(pixels[:, 0])  # (N, width); the row above the first is black
     for y in range(pixels.shape[1]):
-        row, kinds = pixels[:, y], filters[:, y]
+        row = pixels[:, y]  # (N, width), a view: writing to it finishes the row in `pixels`
+        kinds = filters[:, y]  # (N,)
         for kind in np.unique(kinds):
             chosen = np.flatnonzero(kinds == kind)
             if kind == _SUB:
@@ -158,6 +174,8 @@ def _unfiltered(lines: NDArray[np.uint8]) -> NDArray[np.uint8]:
                 row[chosen] += above[chosen]
             elif kind in {_AVERAGE, _PAETH}:
                 undo = _undo_average if kind == _AVERAGE else _undo_paeth
+                # (chosen, width) -> (width, chosen): row[x] is then a column of all images.
+                # 16 bits hold the sums and differences of neighbours.
                 row[chosen] = undo(
                     row[chosen].T.astype(np.int16), above[chosen].T.astype(np.int16)
                 ).T
@@ -166,18 +184,24 @@ def _unfiltered(lines: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _undo_average(row: NDArray[np.int16], above: NDArray[np.int16]) -> NDArray[np.int16]:
-    left = np.zeros_like(row[0])
+    """Add the mean of the pixels to the left and above to each pixel: int16 (width, N)."""
+    left = np.zeros_like(row[0])  # (N,)
     for x in range(len(row)):
         row[x] = left = (row[x] + ((left + above[x]) >> 1)) & 255
     return row
 
 
 def _undo_paeth(row: NDArray[np.int16], above: NDArray[np.int16]) -> NDArray[np.int16]:
-    """Add to each pixel that neighbour (left, above, corner) which is nearest to their plane."""
-    left = corner = np.zeros_like(row[0])
+    """Add to each pixel the neighbour (left, up, corner) nearest to left + up - corner.
+
+    Takes and returns int16 (width, N). Ties go to left, then up.
+    """
+    left = corner = np.zeros_like(row[0])  # (N,)
     for x in range(len(row)):
         up = above[x]
-        by_left, by_up = np.abs(up - corner), np.abs(left - corner)
+        # |p - left|, |p - up| and |p - corner| for the prediction p = left + up - corner.
+        by_left = np.abs(up - corner)
+        by_up = np.abs(left - corner)
         by_corner = np.abs(left + up - 2 * corner)
         nearest = np.where(by_up <= by_corner, up, corner)
         nearest = np.where((by_left <= by_up) & (by_left <= by_corner), left, nearest)

@@ -14,10 +14,11 @@ from tasks.services.s3 import Store
 
 
 class MirrorUnreachable(ConnectionError):
-    """The MNIST archives could not be had from anywhere."""
+    """No mirror has delivered the MNIST archives; worth another try."""
 
 
 def _fetch(name: str, store: Store) -> Snapshot:
+    """Download the base of a data set and write it as a snapshot."""
     if name == "mnist":
         train, test = fetch_mnist()
         origin = "MNIST archives of LeCun, Cortes and Burges"
@@ -31,9 +32,10 @@ def _fetch(name: str, store: Store) -> Snapshot:
 
 
 def _read_archives(name: str, store: Store) -> tuple[Digits, Digits]:
+    """Read training and test split of a data set of one's own from its archives in the store."""
     folder = f"datasets/{name}/base/"
-    there = store.names(folder)
-    if missing := [each for each in BASE_ARCHIVES if f"{folder}{each}" not in there]:
+    present = store.names(folder)
+    if missing := [each for each in BASE_ARCHIVES if f"{folder}{each}" not in present]:
         raise DatasetUnknown(
             f"data set {name!r} is neither mnist nor digits, and {store.address_of(folder)} lacks "
             f"{', '.join(missing)}: correct the name, or put the IDX archives there that the data "
@@ -45,10 +47,12 @@ def _read_archives(name: str, store: Store) -> tuple[Digits, Digits]:
 
 
 def fetch_mnist() -> tuple[Digits, Digits]:
-    """Return MNIST's training and test split from the first mirror that has them.
+    """Download MNIST's training and test split from the first mirror that has them.
 
-    Names, checksums and the default mirrors are torchvision's; its downloader is not used because
-    it waits for ever for a mirror that stops sending, and does not read file:// addresses.
+    Names, checksums and the default mirrors are torchvision's. Its downloader is not used, because
+    it waits for ever when a mirror stops sending, and does not read file:// addresses. Raises
+    MirrorUnreachable, and ValueError for an archive with another checksum or a malformed
+    `MNIST_MIRROR`.
     """
     from torchvision.datasets import MNIST
 
@@ -66,15 +70,16 @@ def fetch_mnist() -> tuple[Digits, Digits]:
 
 
 def _download(name: str, md5: str, mirrors: list[str]) -> bytes:
-    """Fetch one archive from the first mirror that has it; its checksum must be the published."""
-    silent = []
+    """Download one archive from the first mirror that has it, and verify its published MD5."""
+    faults = []
     for mirror in mirrors:
         try:
-            with urlopen(mirror + name, timeout=30) as answer:  # noqa: S310 - schemes are checked
-                content: bytes = answer.read(_MAX_ARCHIVE_BYTES)
+            with urlopen(mirror + name, timeout=30) as response:  # noqa: S310 - schemes are checked
+                content: bytes = response.read(_MAX_ARCHIVE_BYTES)
         except (OSError, HTTPException) as error:
-            silent.append(f"{mirror}: {error}")
+            faults.append(f"{mirror}: {error}")
             continue
+        # Torchvision publishes MD5 alone. It finds damage, no more: hence `usedforsecurity`.
         found = hashlib.md5(content, usedforsecurity=False).hexdigest()
         if found != md5:
             raise ValueError(
@@ -83,7 +88,7 @@ def _download(name: str, md5: str, mirrors: list[str]) -> bytes:
             )
         return content
     raise MirrorUnreachable(
-        f"{name} could not be fetched ({'; '.join(silent)}); set MNIST_MIRROR to an http(s):// or "
+        f"{name} could not be fetched ({'; '.join(faults)}); set MNIST_MIRROR to an http(s):// or "
         "file:// folder that holds the four MNIST archives, or choose the data set 'digits'"
     )
 
@@ -94,11 +99,11 @@ BASE_ARCHIVES = (
     "t10k-images-idx3-ubyte.gz",
     "t10k-labels-idx1-ubyte.gz",
 )
-"""What a data set of one's own begins with, under `datasets/NAME/base/`."""
+"""Archives of a data set of one's own, under `datasets/NAME/base/`."""
 
 
 _MAX_ARCHIVE_BYTES = 64 << 20  # six times the largest of MNIST's archives
 
 
 class DatasetUnknown(ValueError):
-    """A data set is neither known by name nor has a base in the store."""
+    """The data set is neither known by name nor has its archives in the store."""

@@ -1,12 +1,12 @@
 """Snapshots of a data set: immutable lists of shards, which are parts of a split.
 
-    STORE/datasets/NAME/shards/SHA256.parquet          images and labels, named by what they hold
+    STORE/datasets/NAME/shards/SHA256.parquet          images and labels, content-addressed
     STORE/datasets/NAME/shards/SHA256.digests.npy      one row an image: its two digests
     STORE/datasets/NAME/snapshots/SHA256.json          manifests, written last
-    STORE/datasets/NAME/snapshots/SHA256.profile.json  how the training images are distributed
+    STORE/datasets/NAME/snapshots/SHA256.profile.json  the distribution of the training images
 
-All of them are named by what they hold, or are computed from such an object: a repeat writes the
-same bytes to the same name, so that it does no harm and is left out.
+Every object is content-addressed, or computed from one that is: a repeat would write the same bytes
+to the same name, so that an object that exists is not written again.
 """
 
 import hashlib
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SHARD_IMAGES = 10_000
-"""Images in a shard: 7.8 MB before compression."""
+"""Maximum number of images in a shard: 7.8 MB before compression."""
 
 
 def write_snapshot(
     store: Store, dataset: str, train: Digits, test: Digits, origin: str
 ) -> Snapshot:
-    """Store both splits as shards and then, last, the manifest; what is there is not sent again.
+    """Write both splits as shards and then, last, the manifest, unless they are there already.
 
     The manifest holds no time and no address, so that the same data has the same digest anywhere.
     """
@@ -45,6 +45,7 @@ def write_snapshot(
         write_shards(store, dataset, train, table, origin),
         write_shards(store, dataset, test, image_table(test.images, test.labels), origin),
     )
+    # An existing manifest means that its shards and profile exist too: they are written before it.
     if not store.has(store.name_of(base.address)):
         _write_manifest(store, base, reference_profile(table))
     return base
@@ -57,15 +58,18 @@ def extend_snapshot(
     until: datetime,
     table: "pd.DataFrame | None" = None,
 ) -> Snapshot:
-    """Return the snapshot of `parent` and further training shards, which arrived by `until`.
+    """Extend `parent` by further training shards, which arrived by `until`; return the snapshot.
 
-    `table` is the image table of the shards; without it they are read and measured again.
+    `table` is the image table of the shards; without it they are read and measured again. The test
+    split stays that of `parent`.
     """
+    # Batches need not be accepted in the order of their arrival.
     until = max(until, parent.until or until)
     grown = _snapshot(
         store, parent.dataset, parent.train + shards, parent.test, parent.digest, until
     )
     if not store.has(store.name_of(grown.address)):
+        # Extended, not measured anew: the cost is that of the new images alone.
         profile = read_profile(parent)
         if table is not None:
             profile = profile.extended(table)
@@ -80,8 +84,11 @@ def extend_snapshot(
 def write_shards(
     store: Store, dataset: str, digits: Digits, table: "pd.DataFrame", origin: str
 ) -> list[Shard]:
-    """Store digits, with what their image table says, as shards; what is there is left."""
-    digests = table[["digest", "near_digest"]].to_numpy(np.int64)
+    """Write digits as shards with the digests of their image table, unless they are there already.
+
+    `origin` is recorded as the source of the images.
+    """
+    digests = table[["digest", "near_digest"]].to_numpy(np.int64)  # (N, 2)
     return [
         _write_shard(
             store,
@@ -95,7 +102,10 @@ def write_shards(
 
 
 def read_snapshot(store: Store, dataset: str, digest: str) -> Snapshot:
-    """Read a manifest; FileNotFoundError if there is none, ValueError if it was changed."""
+    """Read a manifest and verify its digest.
+
+    Raises FileNotFoundError if there is none, ValueError if it was changed.
+    """
     name = f"datasets/{dataset}/snapshots/{digest}.json"
     content = store.get(name)
     found = hashlib.sha256(content).hexdigest()
@@ -108,17 +118,18 @@ def read_snapshot(store: Store, dataset: str, digest: str) -> Snapshot:
 
 
 def read_profile(snapshot: Snapshot) -> ReferenceProfile:
-    """Read how the snapshot's training images are distributed."""
+    """Read the reference profile: the distribution of the snapshot's training images."""
     store = Store(snapshot.store)
     return ReferenceProfile.model_validate_json(store.get(_profile_name(snapshot)))
 
 
 def read_split(snapshot: Snapshot, split: Split) -> Digits:
-    """Read one split into memory; ValueError if a shard no longer holds what its name says."""
+    """Read one split into memory; ValueError if a shard does not match its digest."""
     store = Store(snapshot.store)
     total = snapshot.images(split)
-    images = np.empty((total, SIDE, SIDE), np.uint8)
-    labels = np.empty(total, np.int64)
+    # Filled shard by shard: joining a list of parts would hold every image twice.
+    images = np.empty((total, SIDE, SIDE), np.uint8)  # (N, 28, 28)
+    labels = np.empty(total, np.int64)  # (N,)
     start = 0
     for shard in snapshot.shards(split):
         part = _read_shard(store, snapshot.dataset, shard)
@@ -129,10 +140,10 @@ def read_split(snapshot: Snapshot, split: Split) -> Digits:
 
 
 def read_digests(snapshot: Snapshot, split: Split) -> NDArray[np.int64]:
-    """Return exact and near digest of each image of a split, int64 (N, 2).
+    """Return the exact and the near digest of each image of a split, int64 (N, 2).
 
-    They are those of `image_table`; 16 bytes an image, so that what was accepted in years can be
-    asked for while a batch is judged.
+    They are those of `image_table`. At 16 bytes an image, the digests of years of batches fit into
+    memory while a new batch is judged.
     """
     store = Store(snapshot.store)
     parts = [
@@ -150,6 +161,7 @@ def _snapshot(
     parent: str | None = None,
     until: datetime | None = None,
 ) -> Snapshot:
+    # The digest is that of the manifest, which therefore leaves it out.
     unnamed = Snapshot(
         dataset=dataset,
         store=store.address,
@@ -164,11 +176,13 @@ def _snapshot(
 
 
 def _manifest(snapshot: Snapshot) -> bytes:
+    """Return the manifest, byte for byte the same for the same data: its SHA-256 is the name."""
     content = snapshot.model_dump(mode="json", exclude={"store", "digest"})
     return json.dumps(content, sort_keys=True, indent=1).encode()
 
 
 def _write_manifest(store: Store, snapshot: Snapshot, profile: ReferenceProfile) -> None:
+    # The profile first: the manifest makes the snapshot exist.
     store.put(_profile_name(snapshot), profile.model_dump_json().encode())
     store.put(store.name_of(snapshot.address), _manifest(snapshot))
 
@@ -187,10 +201,12 @@ def _write_shard(
     )
     name = _shard_name(dataset, shard.digest)
     if not store.has(name):
+        # The digests first: a shard that exists has them.
         packed = io.BytesIO()
         np.save(packed, digests)
         store.put(_digests_name(dataset, shard.digest), packed.getvalue())
-        pixels = pa.py_buffer(np.ascontiguousarray(digits.images))
+        # An image is one fixed-size binary value, so Arrow takes the array's memory as it is.
+        pixels = pa.py_buffer(np.ascontiguousarray(digits.images))  # (N, 28, 28)
         binary = pa.FixedSizeBinaryArray.from_buffers(
             pa.binary(SIDE * SIDE), len(digits), [None, pixels]
         )
@@ -206,8 +222,9 @@ def _read_shard(store: Store, dataset: str, shard: Shard) -> Digits:
 
     name = _shard_name(dataset, shard.digest)
     table = pq.read_table(io.BytesIO(store.get(name)))
-    pixels = table["image"].combine_chunks().buffers()[1]
+    pixels = table["image"].combine_chunks().buffers()[1]  # buffer 0 is the validity bitmap
     part = Digits(
+        # (N * 784,) -> (N, 28, 28), a view of Arrow's memory
         np.frombuffer(pixels, np.uint8, table.num_rows * SIDE * SIDE).reshape(-1, SIDE, SIDE),
         table["label"].to_numpy().astype(np.int64),
     )

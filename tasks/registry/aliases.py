@@ -1,9 +1,10 @@
 """The aliases of a registered model, and the only code that moves `champion` and `previous`.
 
-Three aliases: `champion`, `previous` (what the champion replaced) and `challenger` (what waits for
-a person). MLflow cannot compare and set, so whoever moves them holds Prefect's global concurrency
-limit `promote-NAME`. The order of writes is what makes a crash harmless: the move is recorded, then
-`previous` is set, then `champion` moves in one write. Whatever comes after only tidies up.
+Three aliases: `champion`, `previous` (the version that the champion replaced) and `challenger` (the
+version that awaits approval). MLflow has no compare-and-set, so a run that moves them holds
+Prefect's global concurrency limit `promote-NAME`. The order of writes makes a crash harmless: the
+move is recorded, then `previous` is set, then `champion` moves in one write. All later writes only
+tidy up.
 """
 
 from collections.abc import Mapping
@@ -55,9 +56,10 @@ _EVENTS: dict[Action, str] = {
 def find_rollback(
     name: str, number: int | None, store: str
 ) -> tuple[ModelVersion, ModelVersion | None]:
-    """Return the version to roll back to, `previous` if none is named, and today's champion.
+    """Return the version to roll back to, by default `previous`, and the present champion.
 
-    Raises Refused for a version that is unknown, half registered, or was never champion.
+    Raises Refused for a version that is unknown, half registered, the champion already, was never
+    champion, or whose artifacts were changed.
     """
     with registry_errors(f"the versions of {name}"):
         aliases = read_model(name).aliases
@@ -73,6 +75,7 @@ def find_rollback(
                 "was promoted once (promote/history lists them)"
             )
         version = read_version(name, int(chosen))
+        # A version that never passed a decision must not become champion by way of a rollback.
         moves = moves_carried_out(name, read_versions(name), Store(store))
         if not any(move.action != "reject" and move.to_version == chosen for move in moves):
             raise Refused(
@@ -85,14 +88,17 @@ def find_rollback(
 
 
 def verify_history(name: str, store: Store) -> tuple[History, list[bool], list[str]]:
-    """Read the history of a model; return it, whether each move was carried out, and what is wrong.
+    """Verify the history of a model; return it, a flag for each move, and the problems.
 
-    Objects that are lost are restored from the registry's tags, and a last move that is seen to be
-    carried out is confirmed. Raises Refused if there is no such model.
+    A flag is true if the move was carried out; a problem is a sentence. Lost objects are restored
+    from the registry's tags, and a last move is confirmed if the champion shows that it was carried
+    out. Raises Refused if there is no such model.
     """
     with registry_errors(f"the history of {name}"), exclusive(name):  # no move is seen half done
         champion = read_model(name).aliases.get(CHAMPION)
         history = read_history(store, name, read_versions(name), restore=True)
+        # A run may have died between the alias and the confirmation. While the champion still shows
+        # that the last move was carried out, this is put on record.
         moved = [move for move in history.moves if move.action != "reject"]
         for move in moved[-1:]:
             if move.to_version == champion and move.digest not in history.confirmed:
@@ -108,21 +114,25 @@ def move_champion(
     account: Account,
     store: Store,
 ) -> None:
-    """Record, set `previous`, move `champion`, tidy up. The caller holds `exclusive`.
+    """Record a move, set `previous`, move `champion`, tidy up. The caller holds `exclusive`.
 
-    Each step may be the last one of a run that dies: a repeat finds what was done and goes on.
+    A run may die after any step: a repeat finds the finished steps and continues with the next.
+    Raises RegistryError if the champion is changed meanwhile by other means.
     """
     from mlflow import MlflowClient
 
-    client, name = MlflowClient(), version.name
+    client = MlflowClient()
+    name = version.name
     versions = read_versions(name)
     target = next(v for v in versions if str(v.version) == version.version)
+    # If it is champion already, an earlier attempt moved the alias: only tidying up is left.
     if present != version:
         before = present.version if present else None
         move = plan_move(store, action, versions, target, champion=before, account=account)
         record_move(move, store)
         if present:
             client.set_registered_model_alias(name, PREVIOUS, present.version)
+        # The limit binds our runs only. This finds moves by others, except in the last moment.
         if find_version(name, CHAMPION) != present:
             raise RegistryError(
                 f"the champion of {name} changed although this run held its concurrency limit; "
@@ -130,7 +140,7 @@ def move_champion(
             )
         client.set_registered_model_alias(name, CHAMPION, version.version)
         confirm(move, store)
-        target = read_version(name, int(version.version))
+        target = read_version(name, int(version.version))  # with the tag of the new move
     for move in moves_of(target):
         settle_move(move)
         if move.run == str(runtime.flow_run.id):
@@ -138,14 +148,14 @@ def move_champion(
 
 
 def was_done(action: Action, version: "RegisteredVersion", store: Store) -> bool:
-    """Tell whether this flow run has done that to a version, and tidy up after it.
+    """Return True if this flow run has carried out that action on a version, and tidy up after it.
 
     The caller holds `exclusive`.
     """
     own = own_move([version], action)
     if own is None:
         return False
-    if action == "reject":
+    if action == "reject":  # it moves no champion: with its tag it is carried out
         record_move(own, store)
     elif own not in moves_carried_out(own.model, read_versions(own.model), store):
         return False
@@ -157,7 +167,7 @@ def was_done(action: Action, version: "RegisteredVersion", store: Store) -> bool
 
 
 def moves_carried_out(name: str, versions: "list[RegisteredVersion]", store: Store) -> list[Move]:
-    """Return the moves of a model that were carried out, in order."""
+    """Return the moves of a model that were carried out, in order, rejections included."""
     champion = read_model(name).aliases.get(CHAMPION)
     history = read_history(store, name, versions, restore=False)
     done, _ = trace(history.moves, champion, history.confirmed)
@@ -167,7 +177,10 @@ def moves_carried_out(name: str, versions: "list[RegisteredVersion]", store: Sto
 def champion_before(
     champion: ModelVersion | None, moves: list[Move], known: Mapping[str, ModelVersion]
 ) -> ModelVersion | None:
-    """Return what a champion replaced when it last became that, of the versions that are known."""
+    """Return the version that a champion replaced when it last became champion.
+
+    `known` holds the versions by address. None without a champion, or if it replaced none of them.
+    """
     for move in reversed(moves):
         if champion and move.action != "reject" and move.to_version == champion.version:
             return known.get(f"models:/{move.model}/{move.from_version}")
@@ -175,7 +188,10 @@ def champion_before(
 
 
 def record_move(move: Move, store: Store) -> None:
-    """Write a move to its tag first: a repeat finds it there, and its object can be restored."""
+    """Record a move in its tag, then as an object in the store.
+
+    The tag first: a repeat finds the move there, and its object can be restored from it.
+    """
     from mlflow import MlflowClient
 
     MlflowClient().set_model_version_tag(move.model, move.to_version, move.tag, move.content)
@@ -183,7 +199,7 @@ def record_move(move: Move, store: Store) -> None:
 
 
 def settle_move(move: Move) -> None:
-    """Say in the version's description what was done, and take the alias `challenger` from it."""
+    """Append a move to its version's description, and take the alias `challenger` from it."""
     done = {"promote": "promoted", "approve": "approved", "reject": "rejected"}
     sentence = f"{done.get(move.action, 'rolled back to')} by {move.who}: {move.why}"
     append_description(
@@ -201,7 +217,7 @@ def take_challenger_from(name: str, number: str) -> None:
 
 
 def _emit(move: Move, target: "RegisteredVersion", store: Store) -> None:
-    """Emit the event of a move that was carried out."""
+    """Emit the event of a move that was carried out; a rejection has none."""
     if move.action in _EVENTS:
         emit(
             _EVENTS[move.action],
@@ -219,7 +235,7 @@ def _emit(move: Move, target: "RegisteredVersion", store: Store) -> None:
 
 
 def append_description(name: str, number: str, text: str) -> None:
-    """Add a paragraph to the description of a version, unless it is there."""
+    """Append a paragraph to the description of a version, unless it is there."""
     from mlflow import MlflowClient
 
     description = MlflowClient().get_model_version(name, number).description or ""

@@ -1,4 +1,4 @@
-"""Know again what has been tried before: the same data, code, parameters and environment."""
+"""Fingerprints of runs: equal for the same data, code, parameters and environment."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mnist_cnn.training import TrainingConfig
 
 TAG = "fingerprint"
-"""The tag of a registered version that says what it was made of."""
+"""Tag of a registered version that holds the fingerprint of its run."""
 
 _ROOMS = ("flows", "tasks", "mnist_cnn", "expectations")
 _PROJECT = "mnist-retraining"
@@ -29,15 +29,19 @@ _NAME = re.compile(r"[\w.-]+")
 
 
 class Fingerprint(BaseModel, frozen=True):
-    """What a candidate is made of and judged by: equal fingerprints mean equal outcomes."""
+    """Origin of a candidate and of its verdict: equal fingerprints mean equal outcomes."""
 
     snapshot: str
+    """Digest of the snapshot."""
     code: str
+    """Digest of our code, that of the decision included."""
     parameters: str
+    """Digest of the training configuration, the promotion policy and the number of processes."""
     environment: str
+    """Digest of the versions of Python and the dependencies, and of the device."""
 
     def changes(self, other: "Fingerprint") -> list[str]:
-        """Name what differs."""
+        """Return the names of the fields that differ."""
         return [part for part, value in self if getattr(other, part) != value]
 
 
@@ -48,7 +52,7 @@ def fingerprint(
     device: "Device",
     processes: int,
 ) -> Fingerprint:
-    """Return the fingerprint of a run that has not begun."""
+    """Return the fingerprint of a run before it trains."""
     from mnist_cnn.device import choose_device
 
     parameters = {
@@ -71,8 +75,12 @@ def fingerprint(
 
 @cache
 def digest_code(*rooms: str) -> str:
-    """Return the SHA-256 of the code and templates of some of our rooms, by default all."""
-    root, total = Path(__file__).parents[2], hashlib.sha256()
+    """Return the SHA-256 of all files of some of our packages, templates included; by default all.
+
+    Compiled files are left out.
+    """
+    root = Path(__file__).parents[2]
+    total = hashlib.sha256()
     for room in rooms or _ROOMS:
         for file in sorted((root / room).rglob("*")):
             if file.is_file() and file.suffix != ".pyc":
@@ -82,7 +90,7 @@ def digest_code(*rooms: str) -> str:
 
 
 def _dependencies() -> list[str]:
-    """Return the names of what the project needs, without its extras."""
+    """Return the names of the project's dependencies, without those of its extras."""
     needs = [need for need in requires(_PROJECT) or [] if "extra ==" not in need]
     return sorted({_NAME.findall(need)[0] for need in needs})
 

@@ -1,18 +1,18 @@
-"""The history of a registered model: who moved its champion, when, why, from what to what.
+"""The history of a registered model: its champion's moves, each with author, time and reason.
 
 Each move is kept twice, first as a tag of the version that it is about, then as an object
 
     STORE/models/NAME/history/SEQUENCE-SHA256.json
 
-named by the digest of what it holds, which includes the digest of the move before. So a move that
-is changed, added in between or taken out shows; an object that is lost is restored from its tag.
+named by the digest of its content, which includes the digest of the move before. So a move that is
+changed, inserted or taken out is detected; a lost object is restored from its tag.
 Moves are written before they are carried out. Once the alias has moved, an object
 
     STORE/models/NAME/carried-out/SEQUENCE-SHA256.json
 
 confirms it, so that an alias that somebody moves back by hand is not taken for a move that was cut
-short. A move without it, from before this was kept or from a run that died in between, counts as
-carried out if the next one, or the registry, found its version as champion.
+short. A move without confirmation, older than these objects or of a run that died in between,
+counts as carried out if the next move, or the registry, has its version as champion.
 """
 
 import hashlib
@@ -36,35 +36,35 @@ _TAG = "history."
 
 
 class Account(BaseModel, frozen=True):
-    """Who wants something done to the registry, and why."""
+    """Author and reason of a change to the registry."""
 
     who: str
     why: str
 
 
 class Move(BaseModel, frozen=True):
-    """One thing that was done to the champion or the challenger."""
+    """A change of the champion, or the rejection of a challenger."""
 
     sequence: int
     """From 1, without gaps."""
     action: Action
     model: str
     from_version: str | None
-    """The champion at that time."""
+    """Champion at that time; None if there was none."""
     to_version: str
-    """The version that was promoted or rejected."""
+    """Version that was promoted, rolled back to or rejected."""
     who: str
     why: str
     when: datetime
     run: str
-    """The Prefect flow run that did it."""
+    """Prefect flow run that carried it out."""
     run_url: str
     follows: str | None
     """Digest of the move before; None of the first."""
 
     @property
     def content(self) -> str:
-        """What is stored, the same in both places."""
+        """Content of both the tag and the object, as JSON."""
         return self.model_dump_json()
 
     @property
@@ -74,22 +74,22 @@ class Move(BaseModel, frozen=True):
 
     @property
     def name(self) -> str:
-        """The name of its object in a store."""
+        """Name of its object in a store."""
         return f"{folder_of(self.model)}{self.sequence:06d}-{self.digest}.json"
 
     @property
     def confirmation(self) -> str:
-        """The name of the object that says that it was carried out."""
+        """Name of the object that confirms that it was carried out."""
         return f"{_confirmations(self.model)}{self.sequence:06d}-{self.digest}.json"
 
     @property
     def tag(self) -> str:
-        """The key of its tag."""
+        """Key of its tag."""
         return f"{_TAG}{self.sequence:06d}"
 
 
 class CarriedOut(BaseModel, frozen=True):
-    """What a confirmation holds, for people; its name is what counts."""
+    """Content of a confirmation, for people: only its name is ever evaluated."""
 
     format: Literal[1] = 1
     move: str
@@ -99,19 +99,19 @@ class CarriedOut(BaseModel, frozen=True):
 
 @dataclass(frozen=True)
 class History:
-    """All moves that can be read, and what is wrong with them."""
+    """All readable moves of a model, and the problems of their chain."""
 
     moves: tuple[Move, ...]
     problems: tuple[str, ...]
     """One sentence each; none if the chain is whole."""
     lost: tuple[Move, ...]
-    """Moves that only the tags still know."""
+    """Moves that are left only in the tags."""
     confirmed: frozenset[str] = frozenset()
-    """Digests of the moves that were seen to be carried out."""
+    """Digests of the moves whose confirmation exists."""
 
 
 def folder_of(model: str) -> str:
-    """Return where the moves of a registered model lie in a store."""
+    """Return the folder of a registered model's moves in a store."""
     return f"models/{model}/history/"
 
 
@@ -122,13 +122,17 @@ def _confirmations(model: str) -> str:
 def check_history(stored: Mapping[str, bytes], tagged: Iterable[tuple[str, str]]) -> History:
     """Put moves in order and verify each against its own digest, its twin and its predecessor.
 
-    `stored` holds the objects by name, `tagged` the tags as key and value.
+    `stored` holds the objects by name, `tagged` the tags as key and value. The twin of an object is
+    the tag with the same sequence number.
     """
     problems: list[str] = []
-    objects, tags = _index_objects(stored, problems), _index_tags(tagged, problems)
+    # Either copy of a move is enough to read it; both are needed to find one that was rewritten.
+    objects = _index_objects(stored, problems)
+    tags = _index_tags(tagged, problems)
     moves: list[Move] = []
     for sequence in range(1, max([*objects, *tags], default=0) + 1):
-        move, twin = objects.get(sequence), tags.get(sequence)
+        move = objects.get(sequence)
+        twin = tags.get(sequence)
         if move and twin and move != twin:
             problems.append(f"move {sequence} reads differently in its object and in its tag")
         move = move or twin
@@ -147,7 +151,8 @@ def check_history(stored: Mapping[str, bytes], tagged: Iterable[tuple[str, str]]
 
 
 def _index_objects(stored: Mapping[str, bytes], problems: list[str]) -> dict[int, Move]:
-    found = dict[int, Move]()
+    """Return the moves in objects by sequence number; append to `problems` for the others."""
+    found: dict[int, Move] = {}
     for name, content in stored.items():
         move = _parse(content, name, problems)
         if move and (move.name != name or move.content.encode() != content):
@@ -161,7 +166,8 @@ def _index_objects(stored: Mapping[str, bytes], problems: list[str]) -> dict[int
 
 
 def _index_tags(tagged: Iterable[tuple[str, str]], problems: list[str]) -> dict[int, Move]:
-    found = dict[int, Move]()
+    """Return the moves in tags by sequence number; append to `problems` for the others."""
+    found: dict[int, Move] = {}
     for key, text in tagged:
         move = _parse(text.encode(), f"tag {key}", problems)
         if move and (move.tag != key or move.sequence in found):
@@ -174,19 +180,22 @@ def _index_tags(tagged: Iterable[tuple[str, str]], problems: list[str]) -> dict[
 def trace(
     moves: Iterable[Move], champion: str | None, confirmed: Container[str] = ()
 ) -> tuple[list[bool], list[str]]:
-    """Tell of each move whether it was carried out, and what no move explains.
+    """Return for each move whether it was carried out, and a sentence for each unexplained change.
 
-    A move was carried out if it is confirmed, or if the next one, or for the last one the registry,
-    found its version as champion. `champion` is the version that has the alias now, `confirmed`
-    holds digests.
+    A move was carried out if it is confirmed, or if its version was champion at the next move, or
+    now if it is the last. A rejection always was. `champion` is the version that has the alias now,
+    `confirmed` holds digests.
     """
     moves = list(moves)
-    done, unexplained = [], []
-    for place, move in enumerate(moves):
-        later = [other for other in moves[place + 1 :] if other.action != "reject"]
+    done: list[bool] = []
+    unexplained: list[str] = []
+    for index, move in enumerate(moves):
+        # The champion after this move is the one that the next move found. Rejections move none.
+        later = [other for other in moves[index + 1 :] if other.action != "reject"]
         after = later[0].from_version if later else champion
         certain = move.action == "reject" or move.digest in confirmed
         done.append(certain or after == move.to_version)
+        # A run that died before it moved the alias left the former champion in place: no problem.
         cut_short = not certain and after == move.from_version
         if move.action != "reject" and after != move.to_version and not cut_short:
             unexplained.append(
@@ -201,7 +210,7 @@ def trace(
 def read_history(
     store: Store, model: str, versions: Iterable["RegisteredVersion"], *, restore: bool
 ) -> History:
-    """Read all moves of a model; with `restore`, write back the objects that are lost."""
+    """Read all moves of a model; with `restore`, write lost objects again from their tags."""
     names = store.names(folder_of(model))
     history = check_history({name: store.get(name) for name in names}, _tags(versions))
     for move in history.lost if restore else ():
@@ -211,13 +220,13 @@ def read_history(
 
 
 def confirm(move: Move, store: Store) -> None:
-    """Say that a move was carried out."""
+    """Confirm that a move was carried out, by an object in the store."""
     done = CarriedOut(move=move.digest, when=datetime.now(UTC))
     store.put(move.confirmation, done.model_dump_json().encode())
 
 
 def own_move(versions: Iterable["RegisteredVersion"], action: Action) -> Move | None:
-    """Return the newest move of that kind that this flow run has begun."""
+    """Return the newest move with that action that this flow run has begun; None without one."""
     moves = [Move.model_validate_json(text) for _, text in _tags(versions)]
     own = [move for move in moves if (move.run, move.action) == (runtime.flow_run.id, action)]
     return max(own, key=lambda move: move.sequence, default=None)
@@ -234,15 +243,18 @@ def plan_move(
 ) -> Move:
     """Return the next move, or the one that an earlier attempt of this flow run has begun.
 
-    A move that others have followed since is not gone on with: the order would be a lie.
+    A begun move is not resumed if others have moved the champion since: the history would be out of
+    order.
     """
-    run, versions = runtime.flow_run, list(versions)
+    run = runtime.flow_run
+    versions = list(versions)
     tagged = [Move.model_validate_json(text) for _, text in _tags(versions)]
     own = own_move(versions, action)
     if own and (own.from_version, own.to_version) == (champion, str(to.version)):
         later = [move for move in tagged if move.sequence > own.sequence]
         if all(move.action == "reject" for move in later):
             return own
+    # The newest move, by tags and by objects: either may be lost.
     last = max(((move.sequence, move.digest) for move in tagged), default=(0, ""))
     for name in store.names(folder_of(to.name))[-1:]:
         sequence, _, digest = name.rpartition("/")[2].removesuffix(".json").partition("-")

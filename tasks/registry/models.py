@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 
 class ModelUnusable(RuntimeError):
-    """A model that the registry offers cannot be loaded or does not classify digits."""
+    """A model of the registry cannot be loaded or does not classify digits."""
 
 
 def load_model(address: str) -> "tuple[nn.Module, int]":
-    """Load a model from MLflow with unpickling forbidden; return it and the bytes of its file.
+    """Load a model from MLflow with unpickling forbidden; return it and its file's size in bytes.
 
     The module maps uint8 (N, 28, 28) to float32 logits (N, 10). Raises ModelUnusable for a model
-    that is gone or damaged, RegistryUnreachable if MLflow does not hand it out now.
+    that is gone or damaged, RegistryUnreachable if MLflow cannot deliver it now.
     """
     import mlflow.artifacts
     import mlflow.pytorch
@@ -32,7 +32,7 @@ def load_model(address: str) -> "tuple[nn.Module, int]":
             with registry_errors(f"the files of {address}"):
                 path = mlflow.artifacts.download_artifacts(address, dst_path=folder)
             network: nn.Module = mlflow.pytorch.load_model(path)
-        except RegistryUnreachable:
+        except RegistryUnreachable:  # a RegistryError too, but no fault of the model
             raise
         except (RegistryError, MlflowException, OSError, RuntimeError) as error:
             raise ModelUnusable(

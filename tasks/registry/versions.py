@@ -1,4 +1,4 @@
-"""Read the MLflow model registry, and say in a sentence what it lacks or refuses."""
+"""Read access to the MLflow model registry, with errors that name the cause and the remedy."""
 
 import hashlib
 import os
@@ -23,33 +23,32 @@ CHALLENGER = "challenger"
 
 _NEEDED_TAGS = ("snapshot", "verdict", "compared_with", "artifact_sha256", "accuracy")
 
-
 _AWAY = {
-    "INTERNAL_ERROR",  # also what MLflow's client calls a connection that failed
+    "INTERNAL_ERROR",  # MLflow's client uses it for failed connections, too
     "TEMPORARILY_UNAVAILABLE",
     "REQUEST_LIMIT_EXCEEDED",
     "RESOURCE_EXHAUSTED",
     "DEADLINE_EXCEEDED",
     "CANCELLED",
 }
-"""Codes of MLflow's errors that another try may not meet."""
+"""Codes of MLflow's errors that are transient, so that a retry may succeed."""
 
 
 class RegistryError(RuntimeError):
-    """The registry did not answer a question that a decision depends on, or refused a write."""
+    """The registry failed a read that a decision depends on, or refused a write."""
 
 
 class RegistryUnreachable(RegistryError, ConnectionError):
-    """The MLflow server does not answer, or is too busy; worth another try."""
+    """The MLflow server does not respond, or is too busy; worth another try."""
 
 
 class Refused(ValueError):
-    """What a person asked for must not be done; the sentence says why, and what can be."""
+    """A person's request must not be carried out; the message gives the reason and the remedy."""
 
 
 @contextmanager
 def registry_errors(what: str) -> Iterator[None]:
-    """Turn what MLflow raises meanwhile into a RegistryError that says `what` was not to be had.
+    """Raise RegistryError in place of MLflow's errors; `what` is the subject of its message.
 
     It is a RegistryUnreachable if the server is away or busy. Works as a decorator, too.
     """
@@ -64,8 +63,7 @@ def registry_errors(what: str) -> Iterator[None]:
         sentence = without_credentials(
             f"{what} could not be read or written at {address} ({error})"
         )
-        # The cause is logged as it is: not if the address of the server stands in it, with its
-        # password.
+        # Prefect logs the cause unchanged. Leave it out if the server's address holds a password.
         cause = error if without_credentials(address) == address else None
         if _is_away(error):
             raise RegistryUnreachable(
@@ -77,21 +75,21 @@ def registry_errors(what: str) -> Iterator[None]:
 
 
 def _is_away(error: Exception) -> bool:
-    """Tell whether MLflow was away or busy, from what its client, or requests below it, raised."""
+    """Return True for errors of MLflow's client, or of requests below it, that are transient."""
     code = getattr(error, "error_code", None)
     if code:
         return code in _AWAY
-    answer = getattr(error, "response", None)
+    response = getattr(error, "response", None)
     busy = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS}
     return (
-        answer is None
-        or answer.status_code in busy
-        or answer.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR
+        response is None
+        or response.status_code in busy
+        or response.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR
     )
 
 
 def find_version(name: str, alias: str) -> ModelVersion | None:
-    """Return the version with an alias; None if the registry says that there is none."""
+    """Return the version with an alias; None only if the registry responds that there is none."""
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -106,7 +104,7 @@ def find_version(name: str, alias: str) -> ModelVersion | None:
 
 
 def read_model(name: str) -> "RegisteredModel":
-    """Return a registered model with its aliases, else Refused."""
+    """Return a registered model with its aliases; Refused if there is none of that name."""
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -125,7 +123,9 @@ def read_versions(name: str) -> "list[RegisteredVersion]":
     """Return all versions of a model."""
     from mlflow import MlflowClient
 
-    client, found, token = MlflowClient(), list["RegisteredVersion"](), None
+    client = MlflowClient()
+    found: list[RegisteredVersion] = []
+    token = None
     while True:
         page = client.search_model_versions(f"name = '{name}'", page_token=token)
         found += page
@@ -135,7 +135,7 @@ def read_versions(name: str) -> "list[RegisteredVersion]":
 
 
 def read_version(name: str, number: int) -> "RegisteredVersion":
-    """Return a version that is registered wholly, else Refused."""
+    """Return a version; Refused if there is none of that number, or it is half registered."""
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -146,6 +146,7 @@ def read_version(name: str, number: int) -> "RegisteredVersion":
             raise
         known = ", ".join(sorted((str(v.version) for v in read_versions(name)), key=int)) or "none"
         raise Refused(f"{name} has no version {number}; its versions are: {known}") from error
+    # A run that died while it registered the version may have left tags out.
     missing = [tag for tag in _NEEDED_TAGS if tag not in version.tags]
     if missing or version.status != "READY":
         raise Refused(
@@ -179,7 +180,8 @@ def demand_challenger(model: "RegisteredModel", number: int) -> None:
 def demand_same_artifacts(version: "RegisteredVersion") -> None:
     """Raise Refused if the files of a version are not those that were evaluated."""
     address = f"models:/{version.name}/{version.version}"
-    found, expected = digest_artifacts(address), version.tags["artifact_sha256"]
+    found = digest_artifacts(address)
+    expected = version.tags["artifact_sha256"]
     if found != expected:
         raise Refused(
             f"the artifacts of {address} have the digest {found[:12]}, not {expected[:12]} as when "
@@ -188,10 +190,14 @@ def demand_same_artifacts(version: "RegisteredVersion") -> None:
 
 
 def digest_artifacts(address: str) -> str:
-    """Return the SHA-256 over the names and contents of all files of a model in MLflow."""
+    """Return the SHA-256 over the names and contents of all files of a model in MLflow.
+
+    Raises Refused if there are none, RegistryUnreachable if MLflow cannot deliver them now.
+    """
     import mlflow.artifacts
 
-    total, cause = hashlib.sha256(), "no file is there"
+    total = hashlib.sha256()
+    cause = "no file is there"
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         try:
@@ -201,7 +207,7 @@ def digest_artifacts(address: str) -> str:
             raise
         except (RegistryError, OSError) as error:
             cause = str(error)
-        # MLflow adds registered_model_meta to what it downloads.
+        # MLflow adds registered_model_meta to a download; it is no file of the model.
         files = [path for path in root.rglob("*") if path.is_file()]
         files = [path for path in files if path.name != "registered_model_meta"]
         if not files:
@@ -216,7 +222,10 @@ def digest_artifacts(address: str) -> str:
 
 
 def describe(version: "RegisteredVersion", snapshot: str | None = None) -> ModelVersion:
-    """Return what the tasks hand each other of a version; `snapshot` if its tags lack it yet."""
+    """Return a registered version as the value passed between tasks.
+
+    `snapshot` is for a version whose tags do not hold it yet.
+    """
     return ModelVersion(
         name=version.name,
         version=str(version.version),
