@@ -1,6 +1,6 @@
 """Evaluation: from a model and test digits to figures, each with its interval or its gap.
 
-The figures can be read without torch, which loads when a model is measured.
+The figures can be read without torch; it is imported when a model is measured.
 """
 
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ __all__ = ["Evaluation", "Outcomes", "evaluate", "measure", "measure_all", "pred
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # These modules import torch, which takes seconds; a reader of figures never gets here.
     from mnist_cnn.evaluation import outcomes, summary
 
-    return next(vars(room)[name] for room in (outcomes, summary) if name in vars(room))
+    return next(vars(module)[name] for module in (outcomes, summary) if name in vars(module))

@@ -1,6 +1,6 @@
-"""What can happen to an image: every corruption and its strengths, defined once.
+"""Corruptions of images and their strengths, each defined once.
 
-The same seed gives the same images to every model, at every run and on every machine with the same
+The same seed gives the same images to every model, in every run and on every machine with the same
 version of torch: noise is always drawn on the CPU, in batches of one size.
 """
 
@@ -16,8 +16,8 @@ from mnist_cnn.digits import SIDE
 from mnist_cnn.evaluation.figures import Factor
 
 BATCH = 500
-"""Images a batch. Part of the definition, because the noise is drawn by batch; 500 is also where
-the CNN runs fastest on a CPU (its activations stay in the cache)."""
+"""Images in a batch. Part of the definition, because the noise is drawn by batch; 500 is also the
+size at which the CNN runs fastest on a CPU (its activations stay in the cache)."""
 
 _MNIST_C = "Mu and Gilmer 2019, MNIST-C, arXiv:1906.02337"
 _IMAGENET_C = "Hendrycks and Dietterich 2019, arXiv:1903.12261, severities 1, 3 and 5"
@@ -26,10 +26,12 @@ _MORPHO = "Castro et al. 2019, Morpho-MNIST, arXiv:1809.10780"
 
 @dataclass(frozen=True)
 class Corruption:
-    """One way to spoil an image, mildest strength first on each side of zero.
+    """One way to corrupt an image, and the strengths to measure.
 
-    `apply` takes float32 (N, 28, 28), 0 for background and 1 for ink, a strength in `unit` and a
-    source of noise, and returns the same shape; `corrupted` clips and rounds it back to uint8.
+    Strengths start with the mildest; those of slant, rotation and scale ascend, with the mild ones
+    in the middle. `apply` takes float32 (N, 28, 28), 0 for background and 1 for ink, a strength in
+    `unit` and a generator of noise, and returns the same shape; `corrupted` rounds and clips it
+    back to uint8.
     """
 
     name: str
@@ -49,17 +51,20 @@ def corrupted(
     images: Tensor, corruption: Corruption, strength: float, seed: int = 0
 ) -> Iterator[Tensor]:
     """Yield `images`, uint8 (N, 28, 28), corrupted, in order and in batches of `BATCH`."""
-    for number, batch in enumerate(torch.split(images, BATCH)):
+    for number, batch in enumerate(torch.split(images, BATCH)):  # (500, 28, 28) or fewer
+        # Each batch has its own seed, so its noise does not depend on the batches before it. CRC-32
+        # maps a text to the same number in every process, unlike `hash`.
         key = f"{seed}/{condition(corruption, strength)}/{number}"
         noise = Generator().manual_seed(zlib.crc32(key.encode()))
-        spoiled = corruption.apply(batch.float() / 255, strength, noise)
-        yield (spoiled * 255).round_().clamp_(0, 255).to(torch.uint8)
+        pixels = corruption.apply(batch.float() / 255, strength, noise)
+        yield (pixels * 255).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _affine(images: Tensor, angle: float = 0, scale: float = 1, shear: float = 0) -> Tensor:
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.v2.functional import affine
 
+    # torchvision expects a channel: (N, 1, 28, 28). Pixels beyond the frame are background (0).
     moved: Tensor = affine(
         images[:, None], angle, [0, 0], scale, [shear, 0], InterpolationMode.BILINEAR
     )
@@ -80,7 +85,7 @@ def _scale(images: Tensor, factor: float, _: Generator) -> Tensor:
 
 def _neighbours(images: Tensor) -> Tensor:
     """Return every pixel and its four neighbours: (5, N, 28, 28)."""
-    wide = functional.pad(images, (1, 1, 1, 1))
+    wide = functional.pad(images, (1, 1, 1, 1))  # (N, 30, 30)
     inner = slice(1, -1)
     return torch.stack(
         [
@@ -94,6 +99,7 @@ def _neighbours(images: Tensor) -> Tensor:
 
 
 def _thin(images: Tensor, pixels: float, _: Generator) -> Tensor:
+    # Grey-scale erosion, one pixel a turn; the last turn blends in the remaining fraction of one.
     while pixels > 0:
         images = images.lerp(_neighbours(images).amin(0), min(pixels, 1))
         pixels -= 1
@@ -101,6 +107,7 @@ def _thin(images: Tensor, pixels: float, _: Generator) -> Tensor:
 
 
 def _thicken(images: Tensor, pixels: float, _: Generator) -> Tensor:
+    # Grey-scale dilation, with turns as in `_thin`.
     while pixels > 0:
         images = images.lerp(_neighbours(images).amax(0), min(pixels, 1))
         pixels -= 1
@@ -113,17 +120,22 @@ def _bell(sigma: float) -> Tensor:
     Two products with it blur a batch in both directions, some 30 times faster on a CPU than the
     two-dimensional convolution of torchvision's `gaussian_blur`.
     """
-    place = torch.arange(SIDE, dtype=torch.float32)
-    return torch.exp(-((place[:, None] - place) ** 2) / (2 * sigma**2))
+    pixel = torch.arange(SIDE, dtype=torch.float32)  # (28,)
+    return torch.exp(-((pixel[:, None] - pixel) ** 2) / (2 * sigma**2))  # (28, 28)
 
 
 def _elastic(images: Tensor, pixels: float, noise: Generator) -> Tensor:
+    # Every pixel is displaced by smoothed white noise, so that neighbours move together. Rows of
+    # norm 1 keep the noise's variance at 1 after smoothing, at the edges as well.
     bell = _bell(4.0)
-    bell /= bell.norm(dim=1, keepdim=True)  # white noise of variance 1 stays so at every pixel
-    white = torch.randn(len(images), 2, SIDE, SIDE, generator=noise)
-    shift = (bell @ white @ bell.T).permute(0, 2, 3, 1) * (pixels * 2 / SIDE)
-    here = functional.affine_grid(torch.eye(2, 3)[None], [1, 1, SIDE, SIDE], align_corners=False)
-    grid = (here + shift).to(images.device)
+    bell /= bell.norm(dim=1, keepdim=True)  # (28, 28)
+    white = torch.randn(len(images), 2, SIDE, SIDE, generator=noise)  # (N, 2, 28, 28)
+    smooth = bell @ white @ bell.T  # (N, 2, 28, 28), variance 1
+    # `grid_sample` measures from -1 to 1 across the image, so a pixel is 2 / 28 in its units.
+    shift = smooth.permute(0, 2, 3, 1) * (pixels * 2 / SIDE)  # (N, 28, 28, 2)
+    identity = torch.eye(2, 3)[None]  # (1, 2, 3)
+    here = functional.affine_grid(identity, [1, 1, SIDE, SIDE], align_corners=False)
+    grid = (here + shift).to(images.device)  # (N, 28, 28, 2)
     return functional.grid_sample(images[:, None], grid, align_corners=False)[:, 0]
 
 
@@ -133,33 +145,35 @@ def _add_gaussian(images: Tensor, deviation: float, noise: Generator) -> Tensor:
 
 
 def _add_impulses(images: Tensor, share: float, noise: Generator) -> Tensor:
-    dice = torch.rand(images.shape, generator=noise).to(images.device)
-    return images.masked_fill(dice < share / 2, 0).masked_fill(dice > 1 - share / 2, 1)
+    # One draw a pixel: the lowest values become background, the highest ink, half of `share` each.
+    draw = torch.rand(images.shape, generator=noise).to(images.device)  # (N, 28, 28)
+    return images.masked_fill(draw < share / 2, 0).masked_fill(draw > 1 - share / 2, 1)
 
 
 def _add_shot_noise(images: Tensor, photons: float, noise: Generator) -> Tensor:
+    # The generator is on the CPU, and `poisson` draws on the device of its input.
     counted = torch.poisson(images.cpu() * photons, generator=noise)
     return counted.to(images.device) / photons
 
 
 def _blur(images: Tensor, sigma: float, _: Generator) -> Tensor:
+    # One divisor for all rows, the largest sum. Near an edge the weights then sum to less than 1,
+    # as if there were background beyond the frame.
     bell = _bell(sigma)
-    bell = (bell / bell.sum(1).max()).to(images.device)
+    bell = (bell / bell.sum(1).max()).to(images.device)  # (28, 28)
     return bell @ images @ bell.T
 
 
 def _lower_resolution(images: Tensor, side: float, _: Generator) -> Tensor:
     from torchvision.transforms.v2.functional import resize
 
-    small = resize(images[:, None], [int(side)] * 2, antialias=True)
-    large: Tensor = resize(small, [SIDE, SIDE], antialias=True)
+    small = resize(images[:, None], [int(side)] * 2, antialias=True)  # (N, 1, side, side)
+    large: Tensor = resize(small, [SIDE, SIDE], antialias=True)  # (N, 1, 28, 28)
     return large[:, 0]
 
 
 def _lower_contrast(images: Tensor, factor: float, _: Generator) -> Tensor:
-    from torchvision.transforms.v2.functional import (
-        adjust_contrast,
-    )
+    from torchvision.transforms.v2.functional import adjust_contrast
 
     flat: Tensor = adjust_contrast(images[:, None], factor)
     return flat[:, 0]
@@ -171,11 +185,11 @@ def _brighten(images: Tensor, offset: float, _: Generator) -> Tensor:
 
 def _occlude(images: Tensor, side: float, noise: Generator) -> Tensor:
     # MNIST's digits lie in the middle 20 x 20 pixels; the patch's middle does too.
-    middle = torch.rand(len(images), 2, generator=noise) * 20 + 4
-    pixel = torch.arange(SIDE) + 0.5
-    rows = (pixel - middle[:, :1]).abs() < side / 2
-    columns = (pixel - middle[:, 1:]).abs() < side / 2
-    patch = rows[:, :, None] & columns[:, None, :]
+    middle = torch.rand(len(images), 2, generator=noise) * 20 + 4  # (N, 2): row, column
+    pixel = torch.arange(SIDE) + 0.5  # (28,), the centre of each
+    rows = (pixel - middle[:, :1]).abs() < side / 2  # (N, 28)
+    columns = (pixel - middle[:, 1:]).abs() < side / 2  # (N, 28)
+    patch = rows[:, :, None] & columns[:, None, :]  # (N, 28, 28)
     return images.masked_fill(patch.to(images.device), 0)
 
 

@@ -21,7 +21,7 @@ PARTS = 5
 """Equally large slices that each natural style is cut into."""
 
 RADIUS = 0.2
-"""Total variation distance within which the worst label prior is looked for."""
+"""Total variation distance within which the worst label priors are searched."""
 
 
 def score_conditions(
@@ -30,9 +30,10 @@ def score_conditions(
     gaps: Mapping[str, str],
     labels: NDArray[np.int64],
 ) -> list[ConditionResult]:
-    """Return the accuracy of each corruption at each strength, in order.
+    """Return the accuracy under each corruption at each strength, in order.
 
-    A condition that is neither in `predictions` nor in `gaps` is a gap too.
+    `predictions` holds the predicted digits, uint8 (N,), of each condition, `gaps` the reason for
+    each that failed. A condition that is in neither is a gap too.
     """
     results = []
     for corruption in corruptions:
@@ -56,18 +57,21 @@ def score_conditions(
 def slice_by_style(styles: Mapping[str, Floats], right: NDArray[np.bool_]) -> list[Slice]:
     """Cut each style into `PARTS` equally large slices and return the accuracy of each.
 
-    `right` says of each image whether it was classified rightly. Images without a style (blank
-    ones) are in no slice; equal values stay together, so that a slice can fall away.
+    `right`, bool (N,), marks the images that are classified correctly; `styles` holds float64 (N,)
+    for each style. Images without a style (blank ones) are in no slice. Equal values stay together,
+    so a slice may be empty; it is left out.
     """
     slices = []
     for style, values in styles.items():
         known = np.isfinite(values)
         if not known.any():
             continue
-        edges = np.quantile(values[known], np.linspace(0, 1, PARTS + 1))
-        where = np.searchsorted(edges[1:-1], values, "right")
+        edges = np.quantile(values[known], np.linspace(0, 1, PARTS + 1))  # (6,)
+        # Only the inner edges cut, so the least and the greatest value have a slice. NaN sorts
+        # behind every edge; `known` keeps it out of the last slice.
+        part_of = np.searchsorted(edges[1:-1], values, "right")  # (N,), 0 to 4
         for part in range(PARTS):
-            inside = known & (where == part)
+            inside = known & (part_of == part)
             images = int(inside.sum())
             if images:
                 hits = int(right[inside].sum())
@@ -92,11 +96,13 @@ def reweight(confusion: NDArray[np.int64], shift: Shift | None) -> PriorShift:
     is exact: with recalls fixed, accuracy is linear in the priors, so the worst ones move as much
     weight as the radius allows from the digits of best recall to the digit of least recall.
     """
-    support = confusion.sum(1)
+    support = confusion.sum(1)  # (10,)
+    # The recall of a digit without test images is NaN.
     recall = np.divide(
         confusion.diagonal(), support, out=np.full(CLASSES, np.nan), where=support > 0
     )
     priors = support / support.sum()
+    # Benford's law has no leading 0.
     first_digit = np.log10(1 + 1 / np.arange(1, CLASSES))
     scenarios = {
         "uniform": np.full(CLASSES, 1 / CLASSES),
@@ -113,6 +119,7 @@ def reweight(confusion: NDArray[np.int64], shift: Shift | None) -> PriorShift:
 
 
 def _under(name: str, priors: Floats, recall: Floats) -> PriorResult:
+    # A digit without a recall does no harm if it has no weight; otherwise the accuracy is a gap.
     unknown = [digit for digit in range(CLASSES) if priors[digit] > 0 and np.isnan(recall[digit])]
     return PriorResult(
         name=name,
@@ -123,13 +130,15 @@ def _under(name: str, priors: Floats, recall: Floats) -> PriorResult:
 
 
 def _worst_priors(priors: Floats, recall: Floats) -> Floats:
+    # Moving weight w from one digit to another changes the total variation distance by w. So take
+    # the radius greedily from the digits of best recall, and give it to the digit of least recall.
     worst = priors.copy()
     best_first = np.argsort(-np.nan_to_num(recall, nan=-1), kind="stable")
-    seen = [digit for digit in best_first if priors[digit] > 0]
+    shown = [digit for digit in best_first if priors[digit] > 0]
     left = RADIUS
-    for digit in seen[:-1]:
+    for digit in shown[:-1]:
         moved = min(left, priors[digit])
         worst[digit] -= moved
         left -= moved
-    worst[seen[-1]] += RADIUS - left
+    worst[shown[-1]] += RADIUS - left
     return worst

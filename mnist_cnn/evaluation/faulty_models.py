@@ -1,8 +1,8 @@
-"""Faults to plant: models that a gate has to refuse, each made from a good one.
+"""Faulty models that a gate has to refuse, each made from a good one.
 
 Each is an `nn.Module` like the good model, uint8 (N, 28, 28) in and logits (N, 10) out, so that the
 real evaluation and the real decision run over it. None keeps random state: the same images give the
-same answers.
+same logits.
 """
 
 import time
@@ -22,9 +22,9 @@ class Fault:
     name: str
     model: nn.Module
     refused_by: tuple[str, ...]
-    """Names of checks, of which each must fail."""
+    """Names of the checks that must fail, every one of them."""
     newer: bool = False
-    """Whether to judge it as trained on newer data than the good model, else on the same."""
+    """True: to be judged as trained on newer data than the good model; False: on the same."""
 
 
 def plant_faults(model: nn.Module, test: Digits, noise: str) -> list[Fault]:
@@ -75,22 +75,23 @@ class Tie(nn.Module):
 
 
 class ShuffledDigit(Tie):
-    """Gives the images of one digit any answer, as if its training labels had been shuffled."""
+    """Scatters the predictions of one digit, as if its training labels had been shuffled."""
 
     def __init__(self, model: nn.Module, digit: int) -> None:
         super().__init__(model)
         self.digit = digit
 
     def forward(self, images: Tensor) -> Tensor:
-        """Turn the answers that would be this digit by the images' own numbers."""
-        logits = super().forward(images)
-        places = torch.arange(CLASSES, device=logits.device)
-        turns = _fingerprints(images) % CLASSES * (logits.argmax(1) == self.digit)
-        return logits.gather(1, (places - turns[:, None]) % CLASSES)
+        """Rotate the logits of images predicted as this digit, by each image's fingerprint."""
+        logits = super().forward(images)  # (N, 10)
+        classes = torch.arange(CLASSES, device=logits.device)  # (10,)
+        # 0 for the images predicted as another digit, which keep their logits.
+        turns = _fingerprints(images) % CLASSES * (logits.argmax(1) == self.digit)  # (N,)
+        return logits.gather(1, (classes - turns[:, None]) % CLASSES)
 
 
 class BlindToDigit(Tie):
-    """Never answers one digit."""
+    """Never predicts one digit."""
 
     def __init__(self, model: nn.Module, digit: int) -> None:
         super().__init__(model)
@@ -99,44 +100,49 @@ class BlindToDigit(Tie):
     def forward(self, images: Tensor) -> Tensor:
         """Lower this digit's logit under every other."""
         logits = super().forward(images)
-        lowest = logits.amin(1) - 10
+        lowest = logits.amin(1) - 10  # (N,)
         lowered = logits.clone()
         lowered[:, self.digit] = lowest
         return lowered
 
 
 class WorseUnderNoise(Tie):
-    """Knows the test split by heart, and errs on every fourth noisy image.
+    """Memorises the test split, and errs on every fourth noisy image.
 
-    It beats any honest model overall, as one does whose training data hold the test images.
+    It beats any honest model overall, as does one whose training data contain the test images.
     """
 
     NOISY = 4.0
-    """Standard deviation of the top row, which is black in clean images; 12 under mild noise."""
+    """Least standard deviation of the top row in a noisy image. The row is black in clean images;
+    under mild noise the deviation is 12."""
 
     def __init__(self, model: nn.Module, test: Digits) -> None:
         super().__init__(model)
+        # Sorted, so that `forward` finds a fingerprint by binary search.
         known, order = _fingerprints(torch.from_numpy(test.images.copy())).sort()
         self.register_buffer("known", known)
         self.register_buffer("answers", torch.from_numpy(test.labels.copy())[order])
 
     def forward(self, images: Tensor) -> Tensor:
-        """Answer by heart what is known, and wrongly a part of what is noisy."""
-        logits = super().forward(images)
-        prints = _fingerprints(images)
-        known, answers = self.get_buffer("known"), self.get_buffer("answers")
-        place = torch.searchsorted(known, prints).clamp(max=len(known) - 1)
-        learnt = nn.functional.one_hot(answers[place], CLASSES) * 10.0
-        by_heart = known[place] == prints
-        noisy = images[:, 0].float().std(1) > self.NOISY
-        spoilt = (noisy & (prints % 4 == 0) & ~by_heart)[:, None]
-        return torch.where(by_heart[:, None], learnt, torch.where(spoilt, -logits, logits))
+        """Return the memorised label of a test image; negate the logits of some noisy images."""
+        logits = super().forward(images)  # (N, 10)
+        prints = _fingerprints(images)  # (N,)
+        known = self.get_buffer("known")  # (test images,)
+        answers = self.get_buffer("answers")  # (test images,)
+        # A fingerprint above all known ones is compared with the last, which it does not match.
+        index = torch.searchsorted(known, prints).clamp(max=len(known) - 1)  # (N,)
+        memorised = known[index] == prints  # (N,)
+        learnt = nn.functional.one_hot(answers[index], CLASSES) * 10.0  # (N, 10)
+        noisy = images[:, 0].float().std(1) > self.NOISY  # (N,)
+        spoilt = (noisy & (prints % 4 == 0) & ~memorised)[:, None]  # (N, 1)
+        return torch.where(memorised[:, None], learnt, torch.where(spoilt, -logits, logits))
 
 
 class LessAccurate(Tie):
-    """Errs on a few test images that the good model classifies rightly."""
+    """Errs on a few test images that the good model classifies correctly."""
 
     IMAGES = 5
+    """Number of these images."""
 
     def __init__(self, model: nn.Module, test: Digits) -> None:
         super().__init__(model)
@@ -147,35 +153,36 @@ class LessAccurate(Tie):
         self.register_buffer("spoilt", _fingerprints(right[: self.IMAGES]))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Turn the answers to these images."""
+        """Negate the logits of these images, so that the least likely digit is predicted."""
         logits = super().forward(images)
         spoilt = torch.isin(_fingerprints(images), self.get_buffer("spoilt"))
         return torch.where(spoilt[:, None], -logits, logits)
 
 
 class OverConfident(Tie):
-    """Errs on every 50th image more than the good model, and is sure of all of its answers."""
+    """Errs on one image in 50 more than the good model, with high confidence everywhere."""
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits twenty times as large, and some of them turned."""
+        """Return logits twenty times as large, rotated by one digit for some of the images."""
         logits = super().forward(images) * 20
-        turned = (_fingerprints(images) % 50 == 0)[:, None]
+        turned = (_fingerprints(images) % 50 == 0)[:, None]  # (N, 1)
         return torch.where(turned, logits.roll(1, 1), logits)
 
 
 class Slow(Tie):
-    """Sleeps before it answers."""
+    """Sleeps before it classifies."""
 
     SECONDS = 0.03
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the good model's logits, late."""
+        """Return the good model's logits after `SECONDS`."""
         time.sleep(self.SECONDS)
         return super().forward(images)
 
 
 def _fingerprints(images: Tensor) -> Tensor:
-    """Return a number from 0 to 2^61 for each image, int64 (N,), by fixed weights of the pixels."""
+    """Return a number below 2^61 for each image, int64 (N,), by fixed weights of the pixels."""
     draw = torch.Generator().manual_seed(0)
-    weights = torch.randint(1 << 51, (SIDE * SIDE,), generator=draw).to(images.device)
+    weights = torch.randint(1 << 51, (SIDE * SIDE,), generator=draw).to(images.device)  # (784,)
+    # The sum may wrap around at 2^64. As 2^61 divides that, the remainder stays the same.
     return (images.flatten(1).long() * weights).sum(1) % (1 << 61)

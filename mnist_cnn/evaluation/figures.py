@@ -16,7 +16,7 @@ Factor = Literal["handwriting style", "noise level", "image quality"]
 
 
 class ConditionResult(BaseModel, frozen=True):
-    """Accuracy under one corruption at one strength, or why there is none."""
+    """Accuracy under one corruption at one strength, or the reason for its absence."""
 
     corruption: str
     factor: Factor
@@ -25,11 +25,11 @@ class ConditionResult(BaseModel, frozen=True):
     accuracy: float | None
     interval: Interval | None
     gap: str | None = None
-    """Why it was not measured; None where it was."""
+    """Reason for a missing accuracy; None where there is one."""
 
 
 class Slice(BaseModel, frozen=True):
-    """The test images whose style lies in one part of its range."""
+    """Accuracy on the test images whose style lies in one part of its range."""
 
     style: str
     unit: str
@@ -41,12 +41,13 @@ class Slice(BaseModel, frozen=True):
 
 
 class PriorResult(BaseModel, frozen=True):
-    """Accuracy if the digits came with other frequencies than in the test split."""
+    """Accuracy under other label priors than the test split's."""
 
     name: str
     priors: list[float]
     accuracy: float | None
     gap: str | None = None
+    """Reason for a missing accuracy; None where there is one."""
 
 
 class PriorShift(BaseModel, frozen=True):
@@ -56,7 +57,7 @@ class PriorShift(BaseModel, frozen=True):
     radius: float
     """Total variation distance from the test split's priors, 0 to 1."""
     worst: PriorResult
-    """The lowest accuracy that any priors within the radius give."""
+    """Priors within the radius that give the lowest accuracy, and this accuracy."""
 
 
 class StyleShift(BaseModel, frozen=True):
@@ -73,9 +74,10 @@ class StyleShift(BaseModel, frozen=True):
 
 
 class Shift(BaseModel, frozen=True):
-    """How far the test split is from the training split."""
+    """Distance of the test split from the training split."""
 
     training_labels: list[int]
+    """Images of each digit, 0 to 9."""
     test_labels: list[int]
     label_distance: float
     """Total variation distance of the two label distributions, 0 to 1."""
@@ -83,7 +85,7 @@ class Shift(BaseModel, frozen=True):
 
 
 SURE = 0.9
-"""From this confidence on, an error counts as a confident one."""
+"""Confidence from which an error counts as a confident one."""
 
 
 class ReliabilityBin(BaseModel, frozen=True):
@@ -107,44 +109,48 @@ class Calibration(BaseModel, frozen=True):
 
 
 class Confidence(BaseModel, frozen=True):
-    """How sure the model is when it errs; None where it never errs or is never right."""
+    """Confidence of correct and of wrong predictions; None where there are none of the kind."""
 
     errors: int
     when_right: float | None
+    """Mean confidence of the correct predictions."""
     when_wrong: float | None
+    """Mean confidence of the wrong predictions."""
     confident_errors: int
     """Errors made with a confidence of at least `SURE`."""
     ranking: float | None
-    """Chance that a right answer is surer than a wrong one (area under the ROC curve)."""
+    """Chance that a correct prediction has a higher confidence than a wrong one (area under the ROC
+    curve)."""
 
 
 class ModelSize(BaseModel, frozen=True):
-    """How large a model is."""
+    """Size of a model."""
 
     parameters: int
     multiply_accumulates: int
-    """For one image; convolutions and matrix products, as torch's flop counter counts them."""
+    """For one image; convolutions and matrix products, by torch's flop counter."""
     file_bytes: int | None
     """Size of the stored model; None where it was not stored."""
 
 
 class Times(BaseModel, frozen=True):
-    """How fast a model is here. The only figures that differ from one evaluation to the next."""
+    """Speed of a model on this machine: the only figures that a repeated evaluation changes."""
 
     device: str
     threads: int
     single_image_ms: float
     """Median time of one image, milliseconds."""
     single_image_p95_ms: float
+    """95th percentile, likewise."""
     batch_size: int
     batch_images_per_second: float
     """From the median time of a batch."""
     scoring_seconds: float
-    """Time that the model spent on the clean and all corrupted images."""
+    """Time of the model on the clean and all corrupted images."""
 
 
 class ClassMetrics(BaseModel, frozen=True):
-    """Precision, recall and F1 of one digit, each 0 to 1, and how many images show it.
+    """Precision, recall and F1 of one digit, each 0 to 1, and its number of images.
 
     None is a gap: recall where no image shows the digit, precision where it was never predicted.
     """
@@ -157,7 +163,7 @@ class ClassMetrics(BaseModel, frozen=True):
 
 
 class ConfusedPair(BaseModel, frozen=True):
-    """How often one digit was taken for another."""
+    """Number of images of one digit that were predicted as another."""
 
     true: int
     predicted: int
@@ -183,7 +189,7 @@ class Evaluation(BaseModel, frozen=True):
     snapshot: str
     """Digest of the snapshot whose test split was measured."""
     outcomes: str
-    """Address of the outcome of every image."""
+    """Address of the outcomes of every image."""
     images: int
     seed: int
     """Seed of the corruptions and of the bootstrap."""
@@ -191,7 +197,7 @@ class Evaluation(BaseModel, frozen=True):
     loss: float
     """Mean cross entropy, nats."""
     macro_f1: float
-    """Mean F1 of the digits that test images show."""
+    """Mean F1 of the digits that have test images."""
     intervals: Intervals
     classes: list[ClassMetrics]
     confusion: list[list[int]]
@@ -208,4 +214,4 @@ class Evaluation(BaseModel, frozen=True):
     size: ModelSize | None
     times: Times | None
     gaps: list[str]
-    """What could not be measured, one sentence each."""
+    """Missing measurements, one sentence each."""

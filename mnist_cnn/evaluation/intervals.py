@@ -1,4 +1,4 @@
-"""What images look like, how far two splits are apart, and how sure a figure is."""
+"""Confidence intervals of 95 %: Wilson's for a share, the percentile bootstrap for the rest."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,11 +8,12 @@ from mnist_cnn.styles import Floats
 
 
 def wilson(right: int, images: int) -> Interval:
-    """Return the interval of a share, which unlike the bootstrap's is honest at 0 and at 1.
+    """Return the interval of the share `right` / `images`.
 
+    Unlike the bootstrap's it keeps a width where the share is 0 or 1.
     Source: Wilson 1927, doi:10.1080/01621459.1927.10502953.
     """
-    z = 1.959964
+    z = 1.959964  # the normal quantile at 97.5 %
     share = right / images
     middle = share + z**2 / (2 * images)
     half = z * np.sqrt(share * (1 - share) / images + z**2 / (4 * images**2))
@@ -23,17 +24,18 @@ def wilson(right: int, images: int) -> Interval:
 
 
 def resample(images: int, resamples: int, seed: int) -> NDArray[np.float32]:
-    """Return how often each image is in each bootstrap resample: float32 (resamples, images)."""
-    dice = np.random.default_rng(seed)
+    """Return the count of each image in each bootstrap resample, float32 (resamples, images)."""
+    rng = np.random.default_rng(seed)
+    # Counts instead of indices: the sums of all resamples are then one matrix product.
     return np.stack(
         [
-            np.bincount(dice.integers(images, size=images), minlength=images).astype(np.float32)
+            np.bincount(rng.integers(images, size=images), minlength=images).astype(np.float32)
             for _ in range(resamples)
         ]
     )
 
 
 def percentiles(samples: Floats) -> Interval:
-    """Return the percentile interval of a statistic's bootstrap samples."""
+    """Return the 95 % percentile interval of a statistic's bootstrap samples, (resamples,)."""
     low, high = np.quantile(samples, [0.025, 0.975])
     return Interval(low=float(low), high=float(high))

@@ -1,4 +1,4 @@
-"""Outcomes of models on a test split: one answer an image and condition."""
+"""Outcomes of models on a test split: one prediction for each image and condition."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -16,20 +16,21 @@ from mnist_cnn.evaluation.cost import device_of
 
 @dataclass(frozen=True, eq=False)
 class Outcomes:
-    """What one model said to every test image, clean and corrupted."""
+    """Predictions of one model for every test image, clean and corrupted."""
 
     probabilities: NDArray[np.float32]
     """Of the ten digits for the clean images, (N, 10)."""
     predictions: Mapping[str, NDArray[np.uint8]]
     """Predicted digits (N,) under each condition, such as `slant=-15`."""
     gaps: Mapping[str, str] = field(default_factory=dict)
-    """Conditions that could not be measured, and why."""
+    """Conditions that could not be measured, each with the reason."""
     seconds: float = 0.0
-    """Time that the model spent on all of these images."""
+    """Time of the model on all of these images."""
     seed: int = 0
+    """Seed of the corruptions."""
 
     def arrays(self) -> dict[str, NDArray[np.generic]]:
-        """Return what to store, by name; `numpy.savez_compressed` takes it as it is."""
+        """Return the arrays to store, by name, as `numpy.savez_compressed` takes them."""
         return {"probabilities": self.probabilities, **self.predictions}
 
 
@@ -43,15 +44,16 @@ def predict(
     """
     batches = torch.split(torch.tensor(images, device=device_of(model)), batch_size)
     with torch.inference_mode():
-        logits = torch.cat([_logits(model, batch) for batch in batches])
+        logits = torch.cat([_logits(model, batch) for batch in batches])  # (N, 10)
     probabilities: NDArray[np.float32] = logits.softmax(1).cpu().numpy()
     return probabilities
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    """Return finite logits (N, 10) of uint8 (N, 28, 28); raise ValueError otherwise."""
     try:
         logits: Tensor = model(images)
-    except Exception as error:  # a stored model can raise anything; it is named, and goes on
+    except Exception as error:  # a stored model can raise any exception; the first line is kept
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"the model failed on uint8 images of {SIDE} x {SIDE} ({reason}); "
@@ -73,7 +75,7 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def measure(model: nn.Module, digits: Digits, seed: int = 0) -> Outcomes:
-    """Return what `model` says to every clean and corrupted test image; see `measure_all`."""
+    """Classify every clean and corrupted test image with `model`; see `measure_all`."""
     return measure_all({"the model": model}, digits, seed)["the model"]
 
 
@@ -83,15 +85,16 @@ def measure_all(
     seed: int = 0,
     corruptions: tuple[Corruption, ...] = CORRUPTIONS,
 ) -> dict[str, Outcomes]:
-    """Return what each model says to the very same images; each batch is corrupted only once.
+    """Classify the very same images with each model; each batch is corrupted only once.
 
     Raises ValueError for a split without images and for a model that fails on the clean images. A
     corruption that fails, and a model that fails under one, becomes a gap of the outcomes.
     """
     if not len(digits):
         raise ValueError("the test split is empty; nothing can be measured")
+    # The images are corrupted on the first model's device, and moved if another model is elsewhere.
     device = device_of(next(iter(models.values())))
-    images = torch.tensor(digits.images, device=device)
+    images = torch.tensor(digits.images, device=device)  # (N, 28, 28)
     seconds = dict.fromkeys(models, 0.0)
     gaps: dict[str, dict[str, str]] = {name: {} for name in models}
     predictions: dict[str, dict[str, NDArray[np.uint8]]] = {name: {} for name in models}
@@ -106,7 +109,8 @@ def measure_all(
     for corruption in corruptions:
         for strength in corruption.strengths:
             under = condition(corruption, strength)
-            found = _classify(models, corrupted(images, corruption, strength, seed), seconds)
+            batches = corrupted(images, corruption, strength, seed)
+            found = _classify(models, batches, seconds)
             for name, outcome in found.items():
                 if isinstance(outcome, str):
                     gaps[name][under] = outcome
@@ -121,19 +125,25 @@ def measure_all(
 def _classify(
     models: Mapping[str, nn.Module], batches: Iterable[Tensor], seconds: dict[str, float]
 ) -> dict[str, NDArray[np.uint8] | str]:
-    """Return each model's predicted digits, or why there are none; add to its `seconds`."""
+    """Return each model's predicted digits, uint8 (N,), or the reason for having none.
+
+    Each model's time is added to its `seconds`.
+    """
     predicted: dict[str, list[Tensor]] = {name: [] for name in models}
     failed: dict[str, NDArray[np.uint8] | str] = {}
     try:
-        for batch in batches:
+        for batch in batches:  # (500, 28, 28) or fewer
+            # A model that failed once is left out of the remaining batches.
             for name in models.keys() - failed.keys():
                 start = time.perf_counter()
                 try:
                     logits = _logits(models[name], batch.to(device_of(models[name])))
+                    # The copy waits for the device, so the clock stops after the work.
                     predicted[name].append(logits.argmax(1).to("cpu", torch.uint8))
                 except ValueError as error:
                     failed[name] = str(error)
                 seconds[name] += time.perf_counter() - start
     except Exception as error:  # noqa: BLE001 - one corruption must not cost the others
         return dict.fromkeys(models, f"the corruption failed with {error!r}")
+    # The right side wins: predictions from before a model's failure are dropped.
     return {name: torch.cat(parts).numpy() for name, parts in predicted.items() if parts} | failed

@@ -23,13 +23,23 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_PAPER, _TEXT, _FAINT, _LINES = "#fcfcfa", "#1c2430", "#5b6675", "#dfe3e8"
-_CANDIDATE, _CHAMPION = "#1d5fd1", "#d9700a"
+_PAPER = "#fcfcfa"
+_TEXT = "#1c2430"
+_FAINT = "#5b6675"
+_LINES = "#dfe3e8"
+_CANDIDATE = "#1d5fd1"
+_CHAMPION = "#d9700a"
 
 _FEW = 10
-"""An accuracy of fewer images is too uncertain to draw."""
-_PITCH, _GAP = 1.22, 0.03
-"""Of small images: from row to row, and around each."""
+"""Least number of images for an accuracy to be drawn; that of fewer is too uncertain."""
+
+_PITCH = 1.22
+"""Height of a row of small images with its caption, in widths of a column."""
+_GAP = 0.03
+"""Margin around each small image, in widths of a column."""
+
+_EXAMPLE = 5
+"""Digit that shows the corruptions: a five has curves and corners."""
 
 # An opaque sheet with dark text reads the same on a light and on a dark page.
 _STYLE: Any = {
@@ -60,13 +70,14 @@ _STYLE: Any = {
 
 @contextmanager
 def _sheet(width: float, height: float) -> Iterator[tuple["Figure", io.BytesIO]]:
-    """Yield an empty figure in our style and the buffer that holds its PNG afterwards."""
+    """Yield an empty figure in the common style, and the buffer that holds its PNG afterwards."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     png = io.BytesIO()
     with mpl.rc_context(_STYLE):
+        # Without pyplot, which keeps every figure in a global list until it is closed.
         figure = Figure((width, height), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
         yield figure, png
@@ -75,16 +86,19 @@ def _sheet(width: float, height: float) -> Iterator[tuple["Figure", io.BytesIO]]
 
 def _heading(figure: "Figure", title: str, subtitle: str) -> None:
     width, height = figure.get_size_inches()
-    left, top = 0.15 / width, 0.12 / height
+    # Positions are shares of the figure; these are 0.15 and 0.12 inches on any size.
+    left = 0.15 / width
+    top = 0.12 / height
     figure.text(left, 1 - top, title, va="top", fontsize=13, fontweight="bold")
     figure.text(left, 1 - 3.2 * top, subtitle, va="top", fontsize=9, color=_FAINT)
+    # The layout does not know about `figure.text`, so the panels must leave room for it.
     layout: Any = figure.get_layout_engine()
     layout.set(rect=(0, 0, 1, 1 - 5.4 * top))
 
 
 def plot_confusion(evaluation: Evaluation) -> bytes:
-    """Draw the confusion matrix; the diagonal is left pale, so that the errors stand out."""
-    confusion = np.array(evaluation.confusion)
+    """Draw the confusion matrix with a pale diagonal, so that the errors stand out."""
+    confusion = np.array(evaluation.confusion)  # (10, 10)
     errors = np.ma.masked_array(confusion, np.eye(CLASSES, dtype=bool) | (confusion == 0))
     highest = max(1, int(errors.max()) if errors.count() else 1)
     with _sheet(9.6, 6.8) as (figure, png):
@@ -95,6 +109,7 @@ def plot_confusion(evaluation: Evaluation) -> bytes:
             f"{evaluation.confidence.errors:,} are misread. Red: errors; grey: right answers.",
         )
         axes = figure.subplots()
+        # A lower limit below 0 gives a single error a colour that differs from white.
         axes.imshow(errors, cmap="Reds", vmin=-highest * 0.25, vmax=highest * 1.1)
         for true in range(CLASSES):
             for predicted in range(CLASSES):
@@ -136,15 +151,16 @@ def _named(
     candidate: Evaluation, champion: Evaluation | None
 ) -> list[tuple[str, str, str, Evaluation]]:
     """Return name, colour, marker and evaluation of the models to compare, the champion first."""
-    ours = ("candidate", _CANDIDATE, "o", candidate)
-    return [("champion", _CHAMPION, "s", champion), ours] if champion else [ours]
+    last = ("candidate", _CANDIDATE, "o", candidate)
+    # Later lines cover earlier ones, so the candidate is drawn last.
+    return [("champion", _CHAMPION, "s", champion), last] if champion else [last]
 
 
 def plot_factors(candidate: Evaluation, champion: Evaluation | None = None) -> bytes:
-    """Draw accuracy against strength for every corruption, candidate against champion."""
+    """Draw accuracy against strength for every corruption, for candidate and champion."""
     kinds = list(dict.fromkeys(result.corruption for result in candidate.conditions))
     columns = 4
-    rows = -(-(len(kinds) + 1) // columns)
+    rows = -(-(len(kinds) + 1) // columns)  # rounded up; one panel more holds the legend
     with _sheet(11.2, 2.6 * rows + 0.9) as (figure, png):
         _heading(
             figure,
@@ -155,14 +171,15 @@ def plot_factors(candidate: Evaluation, champion: Evaluation | None = None) -> b
         panels = figure.subplots(rows, columns).flat
         for kind in kinds:
             axes = next(panels)
-            asked = [result for result in candidate.conditions if result.corruption == kind]
-            places = {result.strength: place for place, result in enumerate(asked)}
+            results = [result for result in candidate.conditions if result.corruption == kind]
+            # The axis is ordinal: strengths are evenly spaced, whatever their values.
+            positions = {result.strength: position for position, result in enumerate(results)}
             for name, colour, marker, evaluation in _named(candidate, champion):
-                _draw_points(axes, evaluation, kind, places, (name, colour, marker))
+                _draw_points(axes, evaluation, kind, positions, (name, colour, marker))
                 axes.axhline(evaluation.accuracy * 100, color=colour, dashes=(3, 3), linewidth=0.9)
             axes.set_title(kind)
-            axes.set_xticks(range(len(places)), [f"{strength:g}" for strength in places])
-            axes.set_xlabel(asked[0].unit, fontsize=8)
+            axes.set_xticks(range(len(positions)), [f"{strength:g}" for strength in positions])
+            axes.set_xlabel(results[0].unit, fontsize=8)
             axes.margins(x=0.15, y=0.12)
             axes.yaxis.set_major_formatter("{x:g} %")
         handles, labels = figure.axes[0].get_legend_handles_labels()
@@ -177,21 +194,21 @@ def _draw_points(
     axes: "Axes",
     evaluation: Evaluation,
     corruption: str,
-    places: dict[float, int],
+    positions: dict[float, int],
     look: tuple[str, str, str],
 ) -> None:
-    """Draw what was measured; a gap stays empty."""
+    """Draw the measured conditions of one corruption; a gap stays empty."""
     known = [
-        (places[result.strength], result.accuracy, result.interval)
+        (positions[result.strength], result.accuracy, result.interval)
         for result in evaluation.conditions
         if result.corruption == corruption
-        and result.strength in places
+        and result.strength in positions
         and result.accuracy is not None
         and result.interval is not None
     ]
     _draw_intervals(
         axes,
-        [place for place, _, _ in known],
+        [position for position, _, _ in known],
         [accuracy for _, accuracy, _ in known],
         [interval for _, _, interval in known],
         look,
@@ -200,7 +217,7 @@ def _draw_points(
 
 def _draw_intervals(
     axes: "Axes",
-    places: Sequence[float],
+    positions: Sequence[float],
     shares: list[float],
     intervals: list[Interval],
     look: tuple[str, str, str],
@@ -210,7 +227,7 @@ def _draw_intervals(
     low = np.array([interval.low for interval in intervals]) * 100
     high = np.array([interval.high for interval in intervals]) * 100
     axes.errorbar(
-        places,
+        positions,
         middle,
         # An accuracy of 1 rounds to a hair above the end of its own interval.
         np.maximum(np.stack([middle - low, high - middle]), 0),
@@ -269,7 +286,7 @@ def plot_reliability(candidate: Evaluation, champion: Evaluation | None = None) 
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
         above.plot([0, 100], [0, 100], color=_FAINT, dashes=(3, 3), linewidth=1)
         models = _named(candidate, champion)
-        for place, (name, colour, marker, evaluation) in enumerate(models):
+        for position, (name, colour, marker, evaluation) in enumerate(models):
             found = [part for part in evaluation.calibration.bins if part.images >= _FEW]
             drawn = [part for part in evaluation.calibration.bins if part.images]
             error = evaluation.calibration.expected_error
@@ -281,9 +298,10 @@ def plot_reliability(candidate: Evaluation, champion: Evaluation | None = None) 
                 linewidth=1.6,
                 label=f"{name}: expected calibration error {error * 100:.2f} points",
             )
+            # The models' bars share the width of a bin, with half a bar of space between bins.
             width = 100 / BINS / (len(models) + 0.5)
             below.bar(
-                [part.low * 100 + width * (place + 0.75) for part in drawn],
+                [part.low * 100 + width * (position + 0.75) for part in drawn],
                 [part.images for part in drawn],
                 width,
                 color=colour,
@@ -294,49 +312,53 @@ def plot_reliability(candidate: Evaluation, champion: Evaluation | None = None) 
     return png.getvalue()
 
 
-class _Wall:
-    """Small images in a grid on one pair of axes: one for each image takes five times as long."""
+class _ImageGrid:
+    """Small images in a grid on one pair of axes; a pair for each image takes five times as long.
+
+    Coordinates are in widths of a column, from the top left corner.
+    """
 
     def __init__(self, figure: Any, rows: int, columns: int, *, left: float = 0.0) -> None:
-        """Leave `left` columns free for the names of the rows."""
+        """Leave `left` columns free for the labels of the rows."""
         self._axes: Axes = figure.add_subplot()
         self._axes.set(xlim=(-left, columns), ylim=(rows * _PITCH, 0), aspect="equal")
         self._axes.set_autoscale_on(False)
         self._axes.axis("off")
 
     def show(self, row: int, column: int, image: NDArray[Any], caption: str, size: float) -> None:
-        """Hang a grey image, uint8 or 0 to 255, with a caption above it."""
-        self._hang(row, column, image, cmap="gray", vmin=0, vmax=255)
+        """Draw a grey image, (28, 28), 0 to 255, with a caption above it."""
+        self._draw(row, column, image, cmap="gray", vmin=0, vmax=255)
         self._axes.text(
             column + 0.5, (row + 1) * _PITCH - 1, caption, ha="center", va="bottom", fontsize=size
         )
 
     def overlay(self, row: int, column: int, saliency: Floats) -> None:
-        """Lay red over an image, the more the higher its saliency is."""
-        red = np.zeros((SIDE, SIDE, 4))
-        red[..., 0], red[..., 1] = 1.0, 0.25
+        """Tint an image red where `saliency`, (28, 28), is positive; its maximum is the deepest."""
+        red = np.zeros((SIDE, SIDE, 4))  # red, green, blue, opacity
+        red[..., 0] = 1.0
+        red[..., 1] = 0.25
         red[..., 3] = np.clip(saliency / max(float(saliency.max()), 1e-12), 0, 1) * 0.85
-        self._hang(row, column, red, interpolation="bilinear")
+        self._draw(row, column, red, interpolation="bilinear")
 
-    def name(self, row: int, words: str, below: str = "") -> None:
-        """Name a row at its left, with a smaller line below."""
+    def label_row(self, row: int, label: str, below: str = "") -> None:
+        """Label a row at its left, with a smaller line below."""
         middle = (row + 1) * _PITCH - 0.5
-        place: Any = {"ha": "right", "x": -0.1}
+        side: Any = {"ha": "right", "x": -0.1}
         self._axes.text(
-            y=middle, s=words, va="bottom" if below else "center", fontweight="bold", **place
+            y=middle, s=label, va="bottom" if below else "center", fontweight="bold", **side
         )
-        self._axes.text(y=middle, s=below, va="top", fontsize=7, color=_FAINT, **place)
+        self._axes.text(y=middle, s=below, va="top", fontsize=7, color=_FAINT, **side)
 
-    def _hang(self, row: int, column: int, image: NDArray[Any], **style: Any) -> None:
+    def _draw(self, row: int, column: int, image: NDArray[Any], **style: Any) -> None:
         bottom = (row + 1) * _PITCH
         extent = (column + _GAP, column + 1 - _GAP, bottom - _GAP, bottom - 1 + _GAP)
         self._axes.imshow(image, extent=extent, aspect="equal", **style)
 
 
 def plot_errors(outcomes: Outcomes, digits: Digits, most: int = 32) -> bytes:
-    """Draw the errors that the model was surest of, with true and predicted digit."""
-    predicted = outcomes.probabilities.argmax(1)
-    confidence = outcomes.probabilities.max(1)
+    """Draw the errors of highest confidence, with true and predicted digit."""
+    predicted = outcomes.probabilities.argmax(1)  # (N,)
+    confidence = outcomes.probabilities.max(1)  # (N,)
     wrong = np.flatnonzero(predicted != digits.labels)
     worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:most]
     columns = 8
@@ -347,18 +369,18 @@ def plot_errors(outcomes: Outcomes, digits: Digits, most: int = 32) -> bytes:
             f"The {len(worst)} surest of {len(wrong)} errors",
             "True digit → predicted digit, with the confidence in the wrong one.",
         )
-        wall = _Wall(figure, rows, columns)
-        for place, image in enumerate(worst):
+        grid = _ImageGrid(figure, rows, columns)
+        for position, image in enumerate(worst):
             caption = (
                 f"{digits.labels[image]} → {predicted[image]}   {confidence[image] * 100:.0f} %"
             )
-            wall.show(*divmod(place, columns), digits.images[image], caption, 9)
+            grid.show(*divmod(position, columns), digits.images[image], caption, 9)
     return png.getvalue()
 
 
 def plot_corruptions(digits: Digits, seed: int = 0) -> bytes:
     """Draw one image under every corruption at every strength."""
-    example = int(np.argmax(digits.labels == 5))  # noqa: PLR2004 - a five has curves and corners
+    example = int(np.argmax(digits.labels == _EXAMPLE))
     images = torch.tensor(digits.images[example : example + BATCH])
     columns = 1 + max(len(corruption.strengths) for corruption in CORRUPTIONS)
     rows = -(-len(CORRUPTIONS) // 2)
@@ -371,23 +393,24 @@ def plot_corruptions(digits: Digits, seed: int = 0) -> bytes:
         halves: Any = figure.subfigures(1, 2, wspace=0.03)
         for half, corruptions in zip(halves, (CORRUPTIONS[:rows], CORRUPTIONS[rows:]), strict=True):
             half.set_facecolor(_PAPER)
-            wall = _Wall(half, rows, columns, left=1.7)
+            grid = _ImageGrid(half, rows, columns, left=1.7)
             for row, corruption in enumerate(corruptions):
-                wall.name(row, corruption.name, textwrap.fill(corruption.unit, 22))
-                wall.show(row, 0, digits.images[example], "clean", 8)
+                grid.label_row(row, corruption.name, textwrap.fill(corruption.unit, 22))
+                grid.show(row, 0, digits.images[example], "clean", 8)
                 for column, strength in enumerate(corruption.strengths, 1):
-                    spoiled = next(corrupted(images, corruption, strength, seed))
-                    wall.show(row, column, spoiled[0].numpy(), f"{strength:g}", 8)
+                    batch = next(corrupted(images, corruption, strength, seed))
+                    grid.show(row, column, batch[0].numpy(), f"{strength:g}", 8)
     return png.getvalue()
 
 
 def plot_examination(model: nn.Module, outcomes: Outcomes, digits: Digits) -> bytes:
-    """Draw for each digit what the model takes for it and where it looks.
+    """Draw for each digit the images predicted as it, and a saliency map.
 
-    Rows: the mean of the images read as the digit, the surest of them, the least sure, and the
-    surest under its saliency map. A digit that is never predicted stays empty.
+    Rows: the mean of these images, the one of highest confidence, the one of lowest, and that of
+    highest confidence under its saliency map. A digit that is never predicted stays empty.
     """
-    predicted, confidence = outcomes.probabilities.argmax(1), outcomes.probabilities.max(1)
+    predicted = outcomes.probabilities.argmax(1)  # (N,)
+    confidence = outcomes.probabilities.max(1)  # (N,)
     rows = ("mean of all\nread as it", "surest", "least sure", "where hiding\nhurts")
     with _sheet(11.5, 5.9) as (figure, png):
         _heading(
@@ -396,19 +419,19 @@ def plot_examination(model: nn.Module, outcomes: Outcomes, digits: Digits) -> by
             "Last row: how far hiding a square of 5 px around a place lowers the probability of "
             "the surest image's answer (red: most).",
         )
-        wall = _Wall(figure, len(rows), CLASSES, left=1.0)
-        for row, name in enumerate(rows):
-            wall.name(row, name)
+        grid = _ImageGrid(figure, len(rows), CLASSES, left=1.0)
+        for row, label in enumerate(rows):
+            grid.label_row(row, label)
         for digit in range(CLASSES):
-            read = np.flatnonzero(predicted == digit)
+            read = np.flatnonzero(predicted == digit)  # indices of the images
             if not len(read):
                 continue
             surest = digits.images[read[confidence[read].argmax()]]
             doubtful = read[confidence[read].argmin()]
             least = f"{confidence[doubtful] * 100:.0f} %, is a {digits.labels[doubtful]}"
-            wall.show(0, digit, digits.images[read].mean(0), f"{digit}", 11)
-            wall.show(1, digit, surest, f"{confidence[read].max() * 100:.1f} %", 8)
-            wall.show(2, digit, digits.images[doubtful], least, 8)
-            wall.show(3, digit, surest, "", 8)
-            wall.overlay(3, digit, map_saliency(model, surest[None])[0])
+            grid.show(0, digit, digits.images[read].mean(0), f"{digit}", 11)
+            grid.show(1, digit, surest, f"{confidence[read].max() * 100:.1f} %", 8)
+            grid.show(2, digit, digits.images[doubtful], least, 8)
+            grid.show(3, digit, surest, "", 8)
+            grid.overlay(3, digit, map_saliency(model, surest[None])[0])
     return png.getvalue()

@@ -1,4 +1,4 @@
-"""Where a model looks: how much its answer depends on each place of an image."""
+"""Saliency by occlusion: the dependence of a prediction on each region of an image."""
 
 import numpy as np
 import torch
@@ -14,22 +14,26 @@ PATCH = 5
 
 
 def map_saliency(model: nn.Module, images: NDArray[np.uint8]) -> Floats:
-    """Return how far hiding each place lowers the probability of the answer: (N, 28, 28).
+    """Return the loss of probability from hiding each region: float64 (N, 28, 28).
 
-    A square of `PATCH` pixels is set to background at every place in turn; a pixel's value is the
-    mean over the squares that hid it, -1 to 1. Needs no gradient, so that it works for a loaded
-    program too. Source: Zeiler and Fergus 2014, arXiv:1311.2901.
+    `images` is uint8 (N, 28, 28). A square of `PATCH` pixels is set to background at every position
+    in turn. A pixel's value is the mean loss of the predicted digit's probability over the squares
+    that hid it, -1 to 1. Needs no gradient, so it works for a loaded program too.
+    Source: Zeiler and Fergus 2014, arXiv:1311.2901.
     """
-    places = SIDE - PATCH + 1
-    corner = torch.arange(places)
+    positions = SIDE - PATCH + 1  # 24 along each side
+    corner = torch.arange(positions)
     inside = torch.arange(SIDE)
     covers = (inside >= corner[:, None]) & (inside < corner[:, None] + PATCH)  # (24, 28)
+    # Rows covered by one corner and columns covered by another: every square of the image.
     squares = (covers[:, None, :, None] & covers[None, :, None, :]).reshape(-1, SIDE, SIDE)
-    hidden = squares.numpy()
+    hidden = squares.numpy()  # (576, 28, 28)
     maps = []
     for image in images:
-        whole = predict(model, image[None])[0]
-        answer = int(whole.argmax())
-        loss = whole[answer] - predict(model, np.where(hidden, np.uint8(0), image))[:, answer]
-        maps.append(np.tensordot(loss.astype(np.float64), hidden, 1) / hidden.sum(0))
+        whole = predict(model, image[None])[0]  # (10,)
+        digit = int(whole.argmax())
+        partly = predict(model, np.where(hidden, np.uint8(0), image))  # (576, 10)
+        loss = whole[digit] - partly[:, digit]  # (576,)
+        # Fewer squares cover a pixel at the edge, so its sum has a smaller divisor.
+        maps.append(np.tensordot(loss.astype(np.float64), hidden, 1) / hidden.sum(0))  # (28, 28)
     return np.stack(maps)

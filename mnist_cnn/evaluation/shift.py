@@ -1,4 +1,4 @@
-"""The distance of a test split from its training split."""
+"""Distance of a test split from its training split."""
 
 import numpy as np
 
@@ -8,13 +8,17 @@ from mnist_cnn.styles import STYLES, Floats, measure_styles
 
 
 def measure_shift(training: Digits, test: Digits) -> Shift:
-    """Return how far `test` is from `training`. Raises ValueError if either has no image."""
+    """Measure the distance of `test` from `training`, in labels and in styles.
+
+    Raises ValueError if either has no image, or only blank ones.
+    """
     for name, split in (("training", training), ("test", test)):
         if not len(split):
             raise ValueError(f"the {name} split has no images; expected some to compare")
     counts = [np.bincount(split.labels, minlength=CLASSES) for split in (training, test)]
     shares = [count / count.sum() for count in counts]
-    before, after = measure_styles(training.images), measure_styles(test.images)
+    before = measure_styles(training.images)
+    after = measure_styles(test.images)
     return Shift(
         training_labels=counts[0].tolist(),
         test_labels=counts[1].tolist(),
@@ -26,13 +30,16 @@ def measure_shift(training: Digits, test: Digits) -> Shift:
 
 
 def _known(values: Floats) -> Floats:
+    # A blank image has no slant, stroke width or aspect: NaN.
     return values[np.isfinite(values)]
 
 
 def _style_shift(style: str, before: Floats, after: Floats) -> StyleShift:
     if not len(before) or not len(after):
         raise ValueError(f"no image has a {style}: every image of a split is blank")
-    every = np.sort(np.concatenate([before, after]))
+    # The Kolmogorov-Smirnov distance is the largest gap between the two empirical distribution
+    # functions; both are steps, so the gap is largest at one of the values.
+    every = np.sort(np.concatenate([before, after]))  # (training + test images,)
     below = [np.searchsorted(np.sort(part), every, "right") / len(part) for part in (before, after)]
     spread = before.std()
     return StyleShift(

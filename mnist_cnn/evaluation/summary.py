@@ -1,4 +1,4 @@
-"""Measure models on a test split: first every image's outcome, then figures from the outcomes."""
+"""Figures of an evaluation, from the outcomes of one model on a test split."""
 
 from collections.abc import Mapping
 
@@ -39,26 +39,25 @@ def evaluate(
 ) -> Evaluation:
     """Summarise outcomes; a pure function, so that equal outcomes give an equal report.
 
-    `model`, `snapshot` and `outcomes` are the addresses to carry along. Raises ValueError if the
-    outcomes belong to another number of images.
+    `model` and `outcomes` are addresses and `snapshot` is a digest; they are passed through, as are
+    `shift`, `size` and `times`. Raises ValueError if the outcomes belong to another number of
+    images.
     """
-    from sklearn.metrics import (
-        confusion_matrix,
-        precision_recall_fscore_support,
-    )
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-    labels = digits.labels
+    labels = digits.labels  # (N,)
     if len(measured.probabilities) != len(labels):
         raise ValueError(
             f"there are outcomes of {len(measured.probabilities)} images but {len(labels)} labels; "
             "expected those of one test split: measure the model again"
         )
-    probabilities = measured.probabilities.astype(np.float64)
-    predicted = probabilities.argmax(1)
-    confusion = confusion_matrix(labels, predicted, labels=range(CLASSES))
+    probabilities = measured.probabilities.astype(np.float64)  # (N, 10)
+    predicted = probabilities.argmax(1)  # (N,)
+    confusion = confusion_matrix(labels, predicted, labels=range(CLASSES))  # (10, 10)
     precision, recall, f1, support = precision_recall_fscore_support(
         labels, predicted, labels=range(CLASSES), zero_division=np.nan
     )
+    # A probability can be 0 in float32; the smallest normal number keeps its loss finite.
     losses = -np.log(
         np.maximum(probabilities[np.arange(len(labels)), labels], np.finfo(np.float32).tiny)
     )
@@ -119,6 +118,7 @@ def _gaps(
         for digit in range(CLASSES)
         if not support[digit]
     ]
+    # Every style but ink is NaN for a blank image, so slant finds them all.
     blank = int((~np.isfinite(styles["slant"])).sum())
     unstyled = [f"{blank} test images are blank and belong to no style"] if blank else []
     return absent + unstyled + [f"{under}: {why}" for under, why in measured.gaps.items()]
@@ -127,22 +127,27 @@ def _gaps(
 def _bootstrap(
     probabilities: Floats, labels: NDArray[np.int64], losses: Floats, seed: int
 ) -> Intervals:
-    """Resample the images; every statistic is a function of sums over them, so of one product."""
-    predicted = probabilities.argmax(1)
-    digit, right = np.eye(CLASSES), predicted == labels
-    excess = (probabilities.max(1) - right)[:, None] * np.eye(BINS)[bin_of(probabilities.max(1))]
+    """Return the percentile bootstrap intervals of the figures."""
+    # Every figure is a function of sums over the images. So the summands stand side by side as
+    # columns, one row an image, and one product with the counts gives the sums of all resamples.
+    predicted = probabilities.argmax(1)  # (N,)
+    confidence = probabilities.max(1)  # (N,)
+    right = predicted == labels  # (N,)
+    digit = np.eye(CLASSES)
+    excess = (confidence - right)[:, None] * np.eye(BINS)[bin_of(confidence)]  # (N, 15)
     columns = [
-        right[:, None],
-        losses[:, None],
-        brier_of(probabilities, labels)[:, None],
-        digit[labels] * right[:, None],
-        digit[labels],
-        digit[predicted],
+        right[:, None],  # (N, 1)
+        losses[:, None],  # (N, 1)
+        brier_of(probabilities, labels)[:, None],  # (N, 1)
+        digit[labels] * right[:, None],  # (N, 10), hits
+        digit[labels],  # (N, 10)
+        digit[predicted],  # (N, 10)
         excess,
     ]
-    sums = resample(len(labels), RESAMPLES, seed) @ np.hstack(columns).astype(np.float32)
+    summands = np.hstack(columns).astype(np.float32)  # (N, 48)
+    sums = resample(len(labels), RESAMPLES, seed) @ summands  # (1000, 48)
     means = sums.astype(np.float64) / len(labels)
-    hit, true, guessed = np.split(means[:, 3 : 3 + 3 * CLASSES], 3, axis=1)
+    hit, true, guessed = np.split(means[:, 3 : 3 + 3 * CLASSES], 3, axis=1)  # (1000, 10) each
     with np.errstate(invalid="ignore"):  # a digit that is not in a resample has no F1
         f1 = np.where(true > 0, 2 * hit / (true + guessed), np.nan)
     return Intervals(

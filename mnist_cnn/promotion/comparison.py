@@ -1,7 +1,7 @@
-"""Compare two models on the same images, from nothing but who was right where.
+"""Paired comparison of two models on the same images: tests and limits of their difference.
 
-An image that both models classify rightly, or both wrongly, says nothing about which is better.
-What counts are the gains (the candidate alone is right) and the losses (the champion alone is).
+An image that both models classify correctly, or both wrongly, is no evidence for either. The
+evidence is in the gains (the candidate alone is right) and the losses (the champion alone is).
 """
 
 import math
@@ -13,16 +13,17 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Paired:
-    """How often two models differ on the same images."""
+    """Counts of the images on which two models differ."""
 
     images: int
     gains: int
-    """Images that only the candidate classifies rightly."""
+    """Images that only the candidate classifies correctly."""
     losses: int
-    """Images that only the champion classifies rightly."""
+    """Images that only the champion classifies correctly."""
 
     def __post_init__(self) -> None:
-        assert self.images > 0 <= min(self.gains, self.losses), self
+        assert self.images > 0, self
+        assert min(self.gains, self.losses) >= 0, self
         assert self.gains + self.losses <= self.images, self
 
     @property
@@ -32,7 +33,7 @@ class Paired:
 
 
 def pair(candidate: NDArray[np.bool_], champion: NDArray[np.bool_]) -> Paired:
-    """Count gains and losses; each array says of the same images, bool (N,), whether it was right.
+    """Count gains and losses from the correct images of each model, bool (N,), in the same order.
 
     Raises ValueError for arrays that are empty, of unequal length or not boolean.
     """
@@ -47,7 +48,8 @@ def pair(candidate: NDArray[np.bool_], champion: NDArray[np.bool_]) -> Paired:
             f"the candidate has outcomes of {len(candidate)} images, the champion of "
             f"{len(champion)}; expected the same images, at least one: evaluate both on one split"
         )
-    gains, losses = int((candidate & ~champion).sum()), int((champion & ~candidate).sum())
+    gains = int((candidate & ~champion).sum())
+    losses = int((champion & ~candidate).sum())
     return Paired(len(candidate), gains, losses)
 
 
@@ -79,24 +81,31 @@ def p_not_above(paired: Paired, difference: float) -> float:
     multinomial; Poisson has the larger variance, so the error is on the side of no evidence.
     """
     shift = difference * paired.images  # mean of gains less mean of losses
+    # Under the hypothesis the means are m + shift (gains) and m (losses). Their log-likelihood,
+    # gains ln(m + shift) + losses ln m - 2 m - shift, is greatest at the larger root of
+    # 2 m^2 - (gains + losses - 2 shift) m - losses shift = 0.
     half = paired.gains + paired.losses - 2 * shift
+    # The discriminant, written as two terms of which neither is negative, so that rounding cannot
+    # make it so.
     root = math.sqrt(
         (paired.gains - paired.losses - 2 * shift) ** 2 + 4 * paired.gains * paired.losses
     )
-    losses = max((half + root) / 4, -shift, 0.0)
+    losses = max((half + root) / 4, -shift, 0.0)  # neither mean is negative
     return _tail(paired.gains - paired.losses, max(losses + shift, 0.0), losses)
 
 
 def lower_limit(paired: Paired, level: float) -> float:
     """Return the least difference that is not refuted at `level`, one-sided, -1 to 1.
 
-    The true difference lies above it with confidence 1 - `level`. It is the test of `p_not_above`
-    turned round (a test-inversion bootstrap interval, Carpenter 1999, doi:10.1111/1467-9868.00169).
+    The true difference lies above it with confidence 1 - `level`. It inverts the test of
+    `p_not_above` (a test-inversion bootstrap interval, Carpenter 1999,
+    doi:10.1111/1467-9868.00169).
     """
     from scipy.optimize import brentq
 
     if p_not_above(paired, -1) >= level:
         return -1.0
+    # The p-value rises with the difference: below `level` at -1, above it at the difference seen.
     return float(
         brentq(lambda at: p_not_above(paired, at) - level, -1, paired.difference, xtol=1e-9)
     )
@@ -104,11 +113,13 @@ def lower_limit(paired: Paired, level: float) -> float:
 
 def upper_limit(paired: Paired, level: float) -> float:
     """Return the greatest difference that is not refuted at `level`; see `lower_limit`."""
+    # With the models exchanged, gains are losses and the difference changes its sign.
     return -lower_limit(Paired(paired.images, paired.losses, paired.gains), level)
 
 
 def images_to_prove(margin: float, level: float) -> int:
-    """Return how many images it takes to prove a loss below `margin` if not one loss is seen."""
+    """Return the number of images that prove a loss below `margin` if not one loss is seen."""
+    # A true loss of `margin` leaves n images without one with probability exp(-margin n).
     return math.ceil(-math.log(level) / margin)
 
 

@@ -1,8 +1,8 @@
 """Decide whether a candidate replaces the champion: a pure function of two sets of outcomes.
 
 Floors bind every candidate. Against a champion no loss beyond a margin may be seen, and a promotion
-needs a proof; what cannot be proved, but has something that speaks for it, a person decides. The
-README of this room says why, and which tests need which correction.
+needs a proof. A borderline case, with some evidence but no proof, is for a person to decide. The
+README of this room gives the reasons, and the correction that each test needs.
 """
 
 from collections.abc import Mapping
@@ -29,18 +29,20 @@ Verdict = Literal["promote", "keep", "needs-approval"]
 Kind = Literal["policy", "floor", "loss", "evidence", "benefit", "offer"]
 Outcomes = NDArray[np.bool_]
 
-_GAIN, _SUPERIOR, _NEWER = "gain seen overall", "superior overall", "newer training data"
-"""The checks of kind `benefit`."""
+# Names of the checks of kind `benefit`, by which `_conclude` finds them.
+_GAIN = "gain seen overall"
+_SUPERIOR = "superior overall"
+_NEWER = "newer training data"
 
 
 @dataclass(frozen=True, eq=False)
 class Scored:
     """One model's outcomes on a test split, and the figures that its floors need.
 
-    `right` says of each image, bool (N,), whether it was classified rightly; `labels` is the truth,
-    int64 (N,); `factors` holds the like of `right` for each condition, which may be of other length
-    but of the same for both models. A figure that is None was not measured. Raises ValueError if
-    `right` and `labels` do not fit, or if `data_until` has no time zone.
+    `right`, bool (N,), marks the images that were classified correctly; `labels`, int64 (N,), holds
+    the true digits; `factors` holds an array like `right` for each condition, whose length may be
+    another, but the same for both models. A figure that is None was not measured. Raises ValueError
+    if `right` and `labels` do not fit, or if `data_until` has no time zone.
     """
 
     model: str
@@ -48,14 +50,15 @@ class Scored:
     snapshot: str
     """Digest of the snapshot whose test split was measured."""
     test_split: str
-    """Digest of the test images and labels themselves; stays when only training data arrive."""
+    """Digest of the test images and labels themselves; unchanged when only training data arrive."""
     labels: NDArray[np.int64]
     right: Outcomes
     factors: Mapping[str, Outcomes]
     data_until: datetime | None
-    """When the newest batch that it was trained on was accepted; None without any: the base data
-    set alone, which is older than whatever arrived since."""
+    """Time of acceptance of the newest batch in the training data. None without any batch: the base
+    data set alone, which is older than every batch."""
     shifted_prior_accuracy: float | None
+    """Accuracy under the worst label priors; see `mnist_cnn.evaluation.factors.reweight`."""
     calibration_error: float | None
     error_confidence: float | None
     """Mean confidence of the wrong answers; None also where none is wrong."""
@@ -83,44 +86,48 @@ class Scored:
 
 @dataclass(frozen=True)
 class ReuseHistory:
-    """Which candidates were decided on by this test split before."""
+    """Candidates on which this test split has decided before."""
 
     test_split: str
     candidates: tuple[str, ...] = ()
-    """Addresses of the models, repeats allowed: a retried decision is counted once."""
+    """Addresses of the models in order, repeats allowed: a retried decision is counted once."""
 
     def count(self, candidate: str) -> int:
-        """Return the how-manieth decision on this test split the one on `candidate` is, from 1."""
-        seen = list(dict.fromkeys(self.candidates))
+        """Return the number of the decision on `candidate` on this test split, from 1."""
+        seen = list(dict.fromkeys(self.candidates))  # without repeats, in order
         return (seen.index(candidate) if candidate in seen else len(seen)) + 1
 
 
 class Check(BaseModel, frozen=True):
-    """One question that a candidate was asked, and its answer."""
+    """One requirement of a candidate, its measured value and the result."""
 
     name: str
     kind: Kind
     observed: float | None
-    """None if it was not measured, which is a failure."""
+    """None if it was not measured; the check then fails."""
     threshold: float
     passed: bool
     sentence: str
 
 
 class Comparison(BaseModel, frozen=True):
-    """Candidate against champion in one place: overall, in a digit, or under a condition."""
+    """Candidate against champion: overall, in one digit, or under one condition."""
 
     place: str
+    """`overall`, a digit such as `digit 3`, or a condition such as `slant=-15`."""
     images: int
     gains: int
-    """Images that only the candidate classifies rightly."""
+    """Images that only the candidate classifies correctly."""
     losses: int
-    """Images that only the champion classifies rightly."""
+    """Images that only the champion classifies correctly."""
     difference: float
+    """Accuracy of the candidate less accuracy of the champion, -1 to 1."""
     low: float
     """Lower limit of the difference at the decision's level, one-sided."""
     high: float
+    """Upper limit, likewise."""
     margin: float
+    """Loss that the policy tolerates."""
 
 
 class Decision(BaseModel, frozen=True):
@@ -135,13 +142,14 @@ class Decision(BaseModel, frozen=True):
     snapshot: str
     test_split: str
     decisions: int
-    """How often this test split has decided, this time included."""
+    """Number of decisions on this test split, including this one."""
     level: float
     """Significance level of every test in this decision, one-sided."""
 
 
 def evidence_level(alpha: float, decision: int) -> float:
     """Return the significance level of the k-th decision on one test split, alpha / (k (k + 1))."""
+    # The levels of the first k decisions sum to alpha k / (k + 1), which is always below alpha.
     return alpha / (decision * (decision + 1))
 
 
@@ -151,12 +159,12 @@ def decide(
     policy: PromotionPolicy | None,
     history: ReuseHistory,
 ) -> Decision:
-    """Weigh a candidate under `policy`, against the champion where there is one.
+    """Decide on a candidate under `policy`, against the champion where there is one.
 
-    Raises ValueError if the two, or the history, are of different test splits or image counts,
-    because then their difference says nothing.
+    Raises ValueError if the two, or the history, are of different test splits, or the two of
+    different snapshots, image counts or labels, because then their difference has no meaning.
     """
-    _demand_same_images(candidate, champion, history)
+    _require_same_images(candidate, champion, history)
     decisions = history.count(candidate.model)
     level = evidence_level(policy.alpha, decisions) if policy else 0.0
     checks = [_policy_check(policy)]
@@ -181,7 +189,7 @@ def decide(
     )
 
 
-def _demand_same_images(candidate: Scored, champion: Scored | None, history: ReuseHistory) -> None:
+def _require_same_images(candidate: Scored, champion: Scored | None, history: ReuseHistory) -> None:
     if history.test_split != candidate.test_split:
         raise ValueError(
             f"the history is of test split {history.test_split}, the candidate was measured on "
@@ -189,11 +197,12 @@ def _demand_same_images(candidate: Scored, champion: Scored | None, history: Reu
         )
     if not champion:
         return
-    for what in ("snapshot", "test_split", "images"):
-        ours, theirs = getattr(candidate, what), getattr(champion, what)
+    for field in ("snapshot", "test_split", "images"):
+        ours = getattr(candidate, field)
+        theirs = getattr(champion, field)
         if ours != theirs:
             raise ValueError(
-                f"the candidate was measured on {what.replace('_', ' ')} {ours}, the champion on "
+                f"the candidate was measured on {field.replace('_', ' ')} {ours}, the champion on "
                 f"{theirs}; expected the same: evaluate both again on one snapshot"
             )
     if not np.array_equal(candidate.labels, champion.labels):
@@ -224,12 +233,14 @@ def _policy_check(policy: PromotionPolicy | None) -> Check:
 
 
 def _floors(scored: Scored, policy: PromotionPolicy) -> list[Check]:
+    # The share of each digit's images that is classified correctly.
     recalls = {
         digit: float(scored.right[scored.labels == digit].mean())
         for digit in range(CLASSES)
         if (scored.labels == digit).any()
     }
     worst = min(recalls, key=recalls.__getitem__)
+    # A model without errors has no wrong answer whose confidence could be measured: it passes.
     never_wrong = scored.right.all() and scored.error_confidence is None
     checks = [
         _bound("accuracy", float(scored.right.mean()), policy.accuracy_floor),
@@ -273,10 +284,11 @@ def _bound(
     detail: str = "",
     absent: str = "it was not measured",
 ) -> Check:
-    """Hold `observed` to a floor, or to a ceiling if `most`; NaN and None fail."""
+    """Check `observed` against a floor, or against a ceiling if `most`; NaN and None fail."""
     side = "ceiling" if most else "floor"
     if observed is None:
-        passed, sentence = False, f"{name}: {absent}, so the {side} {threshold:.6g} is not met"
+        passed = False
+        sentence = f"{name}: {absent}, so the {side} {threshold:.6g} is not met"
     else:
         passed = observed <= threshold if most else observed >= threshold
         verb = "keeps" if passed else "breaks"
@@ -294,17 +306,19 @@ def _bound(
 def _compare(
     candidate: Scored, champion: Scored, policy: PromotionPolicy, level: float
 ) -> tuple[list[Comparison], list[Check]]:
-    """Return a comparison of each place, and a failed check for each that cannot be compared."""
+    """Return a comparison of each place, and a failed check for each condition without one."""
     places = [("overall", candidate.right, champion.right, policy.overall_margin)]
     for digit in range(CLASSES):
         shown = candidate.labels == digit
         if shown.any():
-            ours, theirs = candidate.right[shown], champion.right[shown]
+            ours = candidate.right[shown]
+            theirs = champion.right[shown]
             places.append((f"digit {digit}", ours, theirs, policy.class_margin))
     missing = []
     for name in policy.factor_floors:
         if name in candidate.factors and name in champion.factors:
-            ours, theirs = candidate.factors[name], champion.factors[name]
+            ours = candidate.factors[name]
+            theirs = champion.factors[name]
             places.append((name, ours, theirs, policy.factor_margin))
         else:
             who = "candidate" if name not in candidate.factors else "champion"
@@ -347,6 +361,7 @@ def _against(
     alpha: float,
     level: float,
 ) -> list[Check]:
+    """Return every check that needs a champion; `comparisons` begins with the overall one."""
     overall = comparisons[0]
     return [
         _gain(overall),
@@ -387,7 +402,9 @@ def _superiority(overall: Comparison, level: float) -> Check:
 
 
 def _newer(candidate: Scored, champion: Scored) -> Check:
-    ours, theirs = candidate.data_until, champion.data_until
+    ours = candidate.data_until
+    theirs = champion.data_until
+    # None is the base data set alone, which is older than any batch.
     newer = ours is not None and (theirs is None or ours > theirs)
     if not ours and not theirs:
         sentence = "both were trained on the base data set alone"
@@ -419,6 +436,7 @@ def _as_accurate(overall: Comparison) -> Check:
 
 
 def _no_worse_alone(overall: Comparison, alpha: float) -> Check:
+    # At the full alpha, without the correction for reuse: an offer is not yet a promotion.
     low = lower_limit(Paired(overall.images, overall.gains, overall.losses), alpha)
     passed = low > -overall.margin
     return Check(
@@ -469,27 +487,36 @@ def _no_worse(comparison: Comparison, level: float) -> Check:
 
 
 def _conclude(checks: list[Check], champion: Scored | None) -> tuple[Verdict, str]:
+    """Return the verdict and its reason, by the four steps of the README in their order."""
     broken = [check for check in checks if not check.passed]
+    # Steps 1 and 2: without a policy, below a floor, or with a loss seen, nothing is promoted.
     barred = [check.sentence for check in broken if check.kind in {"policy", "floor", "loss"}]
     if barred:
         return "keep", "; ".join(barred)
     if not champion:
         return "promote", "there is no champion yet, and the candidate keeps every floor"
     named = {check.name: check for check in checks}
-    seen, superior, newer = named[_GAIN], named[_SUPERIOR], named[_NEWER]
+    seen = named[_GAIN]
+    superior = named[_SUPERIOR]
+    newer = named[_NEWER]
     unproved = [check.sentence for check in broken if check.kind == "evidence"]
-    speaks_against = [check.sentence for check in broken if check.kind == "offer"]
+    no_offer = [check.sentence for check in broken if check.kind == "offer"]
     verdict: Verdict = "needs-approval"
+    # Without a gain or newer data there is no case for a change, so not even an offer.
     if not seen.passed and not newer.passed:
         verdict = "keep"
         reason = f"nothing speaks for a change: {seen.sentence}; {newer.sentence}"
+    # Step 3: superior overall, or newer; and no worse anywhere.
     elif superior.passed and not unproved:
         verdict = "promote"
         reason = f"{superior.sentence}; and it is proved to be no worse in any digit or condition"
     elif newer.passed and not unproved:
-        verdict, reason = "promote", f"proved to be no worse anywhere, and {newer.sentence}"
-    elif speaks_against:
-        verdict, reason = "keep", "too little speaks for a change: " + "; ".join(speaks_against)
+        verdict = "promote"
+        reason = f"proved to be no worse anywhere, and {newer.sentence}"
+    # Step 4: a borderline case is offered to a person, the rest is kept.
+    elif no_offer:
+        verdict = "keep"
+        reason = "too little speaks for a change: " + "; ".join(no_offer)
     elif unproved:
         reason = "not proved to be no worse: " + "; ".join(unproved)
     else:

@@ -63,7 +63,7 @@ _SAMPLE_WRITERS = (
 )
 _OWN_WRITERS = "Who wrote the digits is known to those who brought the data set."
 _SOURCES = {
-    # Licence; name on the Hugging Face Hub, or of the archive where it is not there; writers.
+    # Licence; name on the Hugging Face Hub, or in the archive where the Hub has none; writers.
     "mnist": ("cc-by-sa-3.0", "ylecun/mnist", _MNIST_WRITERS),
     "digits": ("cc-by-4.0", "uci/optical-recognition-of-handwritten-digits", _SAMPLE_WRITERS),
 }
@@ -88,6 +88,7 @@ def write_card(facts: CardFacts) -> str:
 
 
 def _results(facts: CardFacts) -> list[EvalResult]:
+    """Return the entries of the model index, clean figures first, then every condition."""
     evaluation = facts.candidate
     metrics = [
         ("accuracy", "Accuracy", evaluation.accuracy),
@@ -144,8 +145,8 @@ def publish_cards(
 ) -> dict[str, str]:
     """Write model card and data card as artifacts of the MLflow run; return links to them.
 
-    The pictures that `evaluate_models` drew and the evaluations go beside the cards. The model card
-    is also shown in Prefect.
+    The pictures that `evaluate_models` stored and the evaluations go beside the cards. The model
+    card becomes an artifact in Prefect as well.
     """
     import mlflow
     from mlflow import MlflowClient
@@ -154,7 +155,7 @@ def publish_cards(
     server = without_credentials(mlflow.get_tracking_uri()).rstrip("/")
     run = client.get_run(candidate.run_id)
     run_page = f"{server}/#/experiments/{run.info.experiment_id}/runs/{candidate.run_id}"
-    # MLflow sends a file itself as a download, which suits pictures; its page shows a text.
+    # MLflow sends a file itself as a download, which suits pictures; its artifact page shows text.
     pages = {name: f"{run_page}/artifacts/card/{name}.md" for name in ("model_card", "data_card")}
     raw = f"{server}/get-artifact?run_uuid={candidate.run_id}&path=card%2F"
     addresses = {picture: f"{raw}{picture}.png" for picture in PICTURES} | {
@@ -173,7 +174,8 @@ def publish_cards(
         for role, evaluation in measured.items():
             content = evaluation.model_dump_json(indent=1)
             (Path(folder) / f"{role}_evaluation.json").write_text(content)
-        # The Hugging Face form, and the same for MLflow's page, which shows metadata as text.
+        # README.md is the Hugging Face form. The copy without metadata is for MLflow's page, which
+        # would show the metadata as text.
         data_card = write_data_card(data)
         (Path(folder) / "dataset").mkdir()
         (Path(folder) / "README.md").write_text(card)
@@ -188,7 +190,7 @@ def publish_cards(
 
 
 def _without_metadata(card: str) -> str:
-    """Cut the block of metadata at the top."""
+    """Return the card without the block of metadata at the top."""
     return card.split("\n---\n", 1)[-1].lstrip()
 
 
@@ -202,7 +204,9 @@ def _card_facts(
     data: DataFacts,
     addresses: Mapping[str, str],
 ) -> CardFacts:
-    metrics, tags, params = run.data.metrics, run.data.tags, run.data.params
+    metrics = run.data.metrics
+    tags = run.data.tags
+    params = run.data.params
     machine = json.loads(tags["machine"])
     images = validated.snapshot.images("train")
     return CardFacts(
@@ -222,7 +226,7 @@ def _card_facts(
         pictures=Pictures(**{picture: addresses[picture] for picture in PICTURES}),
         architecture=tags["architecture"],
         training=TrainingFacts(
-            # MLflow keeps parameters as text.
+            # MLflow stores parameters as text, so that None reads "None".
             settings={name: None if value == "None" else value for name, value in params.items()},
             procedure=PROCEDURE,
             precision=tags["precision"],
@@ -241,6 +245,7 @@ def _card_facts(
             accelerator=machine.get("accelerator") or None,
         ),
         software={name: installed(name) for name in _SOFTWARE} | {"Python": machine["python"]},
+        # codecarbon may have measured nothing; the card then states a gap.
         energy=EnergyFacts(
             kwh=metrics["energy_kwh"],
             grams_co2e=metrics["emissions_g_co2e"],
@@ -281,6 +286,7 @@ def _data_facts(validated: ValidatedSnapshot, store: Store) -> DataFacts:
     licence, hub, writers = _SOURCES.get(
         snapshot.dataset, ("other", snapshot.dataset, _OWN_WRITERS)
     )
+    # A snapshot without a parent is the base itself, from which nothing can have drifted.
     base = read_base(store, snapshot.dataset) if snapshot.parent else None
     changes = compare_profiles(read_profile(base), read_profile(snapshot)) if base else []
     return DataFacts(

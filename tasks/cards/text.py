@@ -1,4 +1,4 @@
-"""What the model card and the data card say: the facts, and their words and tables."""
+"""Facts, sentences and tables of the model card and the data card."""
 
 import re
 from collections.abc import Sequence
@@ -23,15 +23,15 @@ PICTURES = (
     "corruptions",
     "examination",
 )
-"""The pictures that a card shows; `Pictures` holds the address of each."""
+"""Pictures of a model card; `Pictures` holds the address of each."""
 
 
 class Fact(BaseModel, frozen=True, extra="forbid"):
-    """Something that was measured or recorded; a misspelt name is refused."""
+    """A measured or recorded value of a card; a misspelt field name is refused."""
 
 
 class Pictures(Fact):
-    """Address of each picture, as the card's reader reaches it: relative, or http(s)."""
+    """Address of each picture for a reader of the card: relative, or http(s)."""
 
     confusion: str
     factors: str
@@ -43,7 +43,7 @@ class Pictures(Fact):
 
 
 class TrainingFacts(Fact):
-    """How this version was trained."""
+    """Training of this version."""
 
     settings: dict[str, str | int | float | bool | None]
     """`TrainingConfig.model_dump()`."""
@@ -52,6 +52,7 @@ class TrainingFacts(Fact):
     precision: str
     """Such as `fp32`."""
     device: str
+    """torch device, such as `cpu`."""
     started: datetime
     seconds: float
     images: int
@@ -70,19 +71,20 @@ class HardwareFacts(Fact):
 
 
 class EnergyFacts(Fact):
-    """What codecarbon's offline tracker reports for the training."""
+    """Energy and emissions of the training, from codecarbon's offline tracker."""
 
     kwh: float
     grams_co2e: float
     hours: float
+    """Hours of training."""
     provider: str
     """Cloud provider, or `none (own machine)`."""
     region: str
-    """Country or region whose carbon intensity was taken."""
+    """Country or region whose carbon intensity the estimate uses."""
     tool: str
     """Name and version, such as `codecarbon 3.3.2`."""
     method: str
-    """How power was found: measured by the machine's counters, or a constant."""
+    """Source of the power: the machine's counters, or a constant."""
 
 
 class DataPart(Fact):
@@ -92,16 +94,17 @@ class DataPart(Fact):
     split: str
     images: int
     source: str
-    """Where it came from."""
+    """Origin of the batch."""
     digest: str
     """sha256 of its content."""
 
 
 class DriftFigure(Fact):
-    """How far one feature has moved from what the data set began with, with its verdict."""
+    """Drift of one feature from the base data set, with its verdict."""
 
     name: str
     value: float
+    """Population stability index."""
     limit: float
     passed: bool
 
@@ -114,7 +117,7 @@ class DataFacts(Fact):
     address: str
     created: datetime
     parent: str | None
-    """Digest of the snapshot before it."""
+    """Digest of the snapshot before it; None for the base data set."""
     parts: list[DataPart]
     training_labels: list[int]
     """Images of each digit, 0 to 9."""
@@ -126,9 +129,9 @@ class DataFacts(Fact):
     drift: list[DriftFigure]
     licence: str
     hub_id: str
-    """The data set on the Hugging Face Hub that it derives from."""
+    """Data set on the Hugging Face Hub from which it derives."""
     writers: str
-    """A sentence on who wrote the digits that it began with."""
+    """A sentence on the writers of the base data set."""
 
 
 class CheckFact(Fact):
@@ -140,7 +143,7 @@ class CheckFact(Fact):
 
 
 class CardFacts(Fact):
-    """Everything that the model card says; nothing in the card comes from anywhere else."""
+    """Facts of the model card; its template has no other source for this version."""
 
     name: str
     """Registered name, such as `mnist-cnn`."""
@@ -157,9 +160,9 @@ class CardFacts(Fact):
     flow_run_url: str
     """Prefect flow run."""
     data_card: str
-    """Address of the data card, as the card's reader reaches it."""
+    """Address of the data card for a reader of the card."""
     evaluation: str
-    """Address of the evaluation that holds every figure, likewise."""
+    """Address of the evaluation, which holds every figure, likewise."""
     pictures: Pictures
     architecture: str
     """`str(model)`."""
@@ -173,7 +176,7 @@ class CardFacts(Fact):
     candidate: Evaluation
     """This version."""
     champion: Evaluation | None
-    """The champion when this version was measured, on the same images."""
+    """The champion at the time of the measurement, on the same images."""
     previous: Evaluation | None
     """The champion before that one."""
     verdict: str
@@ -203,7 +206,7 @@ def _compared(facts: CardFacts) -> dict[str, Evaluation]:
 
 
 def describe(facts: CardFacts) -> dict[str, str]:
-    """Return the tables and generated sentences of the model card, by name."""
+    """Return the tables and generated sentences of the model card, by name in its template."""
     from mnist_cnn.evaluation.corruptions import CORRUPTIONS
 
     return {
@@ -262,7 +265,7 @@ def describe(facts: CardFacts) -> dict[str, str]:
 
 
 def describe_data(data: DataFacts) -> dict[str, str]:
-    """Return the tables of the data card, by name."""
+    """Return the tables of the data card, by name in its template."""
     return {
         "parts": table(
             ["batch", "split", "images", "came from", "sha256"],
@@ -366,6 +369,7 @@ def _conditions(facts: CardFacts, factor: str) -> str:
     from mnist_cnn.evaluation.corruptions import CORRUPTIONS
 
     compared = _compared(facts)
+    # By corruption and strength: another model may have been measured under other conditions.
     others = [
         {(each.corruption, each.strength): each for each in other.conditions}
         for other in list(compared.values())[1:]
@@ -404,13 +408,14 @@ def _accuracy_of(result: ConditionResult | None) -> str:
 
 
 def _sources() -> str:
-    """Return a list of the papers that the corruptions come from; no table is wide enough."""
+    """Return the sources of the corruptions as a list, since no table is wide enough for them."""
     from mnist_cnn.evaluation.corruptions import CORRUPTIONS
 
     names = dict[str, list[str]]()
     for corruption in CORRUPTIONS:
         names.setdefault(corruption.source, []).append(corruption.name)
     lines = (f"- {', '.join(found)}: {source}" for source, found in names.items())
+    # Identifiers become links. An arXiv number ends in a digit, so a full stop after it stays out.
     linked = re.sub(r"arXiv:([\d.]+\d)", r"[\g<0>](https://arxiv.org/abs/\1)", "\n".join(lines))
     return re.sub(r"doi:([\w./]+)", r"[\g<0>](https://doi.org/\1)", linked)
 
@@ -473,24 +478,25 @@ def _or_gap(accuracy: float | None, gap: str | None) -> str:
 
 
 def _confidence(evaluation: Evaluation) -> str:
-    seen = evaluation.confidence
+    confidence = evaluation.confidence
     return table(
         ["figure", "value"],
         [
-            ["errors", f"{seen.errors:,} of {evaluation.images:,}"],
-            ["mean confidence when right", percent(seen.when_right)],
-            ["mean confidence when wrong", percent(seen.when_wrong)],
+            ["errors", f"{confidence.errors:,} of {evaluation.images:,}"],
+            ["mean confidence when right", percent(confidence.when_right)],
+            ["mean confidence when wrong", percent(confidence.when_wrong)],
             [
                 f"errors with a confidence of at least {SURE * 100:.0f} %",
-                f"{seen.confident_errors:,}",
+                f"{confidence.confident_errors:,}",
             ],
-            ["chance that a right answer is surer than a wrong one", percent(seen.ranking)],
+            ["chance that a right answer is surer than a wrong one", percent(confidence.ranking)],
         ],
     )
 
 
 def _costs(facts: CardFacts) -> str:
-    evaluation, training = facts.candidate, facts.training
+    evaluation = facts.candidate
+    training = facts.training
     rows = [
         ["training started", f"{training.started:%Y-%m-%d %H:%M:%S %Z}"],
         ["training time", f"{training.seconds:.1f} s"],
@@ -505,14 +511,14 @@ def _costs(facts: CardFacts) -> str:
         ]
     if evaluation.times:
         times = evaluation.times
-        where = f"{times.device}, {times.threads} thread{'s' * (times.threads > 1)}"
+        device = f"{times.device}, {times.threads} thread{'s' * (times.threads > 1)}"
         rows += [
             [
-                f"one image ({where})",
+                f"one image ({device})",
                 f"{times.single_image_ms:.2f} ms median, {times.single_image_p95_ms:.2f} ms p95",
             ],
             [
-                f"batches of {times.batch_size} ({where})",
+                f"batches of {times.batch_size} ({device})",
                 f"{times.batch_images_per_second:,.0f} images a second",
             ],
         ]
@@ -520,12 +526,14 @@ def _costs(facts: CardFacts) -> str:
 
 
 def _hardest(evaluation: Evaluation) -> ConditionResult | None:
+    """Return the condition of least accuracy; None if none was measured."""
     known = [result for result in evaluation.conditions if result.accuracy is not None]
     return min(known, key=lambda result: result.accuracy or 0, default=None)
 
 
 def _summary(evaluation: Evaluation) -> str:
     interval = evaluation.intervals.accuracy
+    # A digit without test images has no recall; it cannot be the weakest.
     weakest = min(
         (metrics for metrics in evaluation.classes if metrics.recall is not None),
         key=lambda metrics: metrics.recall or 0,
@@ -562,11 +570,12 @@ def _weakness(evaluation: Evaluation) -> str:
 
 
 def _risk(evaluation: Evaluation) -> str:
-    seen = evaluation.confidence
-    count = f"{seen.confident_errors} of its {seen.errors} errors on the test images were made"
+    confidence = evaluation.confidence
+    confident = confidence.confident_errors
+    count = f"{confident} of its {confidence.errors} errors on the test images were made"
     lesson = (
         "so that a threshold on confidence alone does not catch every error."
-        if seen.confident_errors
+        if confident
         else "but other images may bring such errors."
     )
     return f"{count} with a confidence of at least {SURE * 100:.0f} %, {lesson}"
@@ -578,7 +587,8 @@ def _decimal(value: float) -> str:
 
 
 def _environment(facts: CardFacts) -> str:
-    hardware, energy = facts.hardware, facts.energy
+    hardware = facts.hardware
+    energy = facts.energy
     machine = f"{hardware.processor}, {hardware.cores} cores"
     if hardware.accelerator:
         machine += f", {hardware.accelerator}"
