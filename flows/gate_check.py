@@ -1,4 +1,4 @@
-"""Prove that the gates of the weekly run refuse what they are there for."""
+"""Prove that the gates of the weekly run refuse the faults that they are there for."""
 
 from prefect import flow, runtime
 from prefect.client.schemas import State
@@ -31,15 +31,16 @@ def check_gates(
     store: str = DEFAULT_STORE,
     time_limit_minutes: TimeLimit = 2 * 60,
 ) -> State[object]:
-    """Plant faulty models and poisoned data, and see the real gates refuse each of them.
+    """Plant faulty models and poisoned data, and verify that the real gates refuse each of them.
 
     Args:
-        dataset: Whose champion the faulty models are made of.
-        promotion: The policy to prove; empty: the data set's own.
-        store: Where a place of its own is used, and emptied at the end.
+        dataset: Data set whose champion the faulty models are made from.
+        promotion: Policy to prove; empty: the data set's own.
+        store: Address of the store; the check uses a prefix of its own and empties it at the end.
         time_limit_minutes: A run that takes longer is ended, as Timed out.
 
     """
+    # A prefix for each flow run: overlapping checks never remove each other's data.
     scratch = f"{store}/gate-check/{runtime.flow_run.id}"
     try:
         snapshot = copy_snapshot(take_snapshot(dataset, store), scratch)

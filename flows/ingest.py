@@ -1,4 +1,4 @@
-"""Take in what has arrived, and nothing that is bad."""
+"""Ingest the batches that have arrived: each becomes training data, or is quarantined."""
 
 from typing import Annotated
 
@@ -33,23 +33,23 @@ def ingest(
     quiet_minutes: QuietMinutes = 10,
     time_limit_minutes: TimeLimit = 60,
 ) -> State[object]:
-    """Judge every batch that has arrived: it becomes training data, or is put aside.
+    """Judge every batch that has arrived: it becomes training data, or is quarantined.
 
     Args:
         dataset: `mnist`, `digits` (the embedded sample), `auto`, or a data set of your own.
-        store: Where data and records are kept, `s3://BUCKET` or `s3://BUCKET/PREFIX`.
-        quiet_minutes: A batch without the marker `_SUCCESS` is complete once nothing was written
-            to it for so long.
+        store: Address of data and records, `s3://BUCKET` or `s3://BUCKET/PREFIX`.
+        quiet_minutes: Minutes without a write after which a batch without the marker `_SUCCESS` is
+            complete.
         time_limit_minutes: A run that takes longer is ended, as Timed out.
 
     """
     check_services(store)
-    validated, verdicts, told = take_in(dataset, store, quiet_minutes)
+    validated, verdicts, summary = take_in(dataset, store, quiet_minutes)
     if isinstance(validated, RejectedSnapshot):
-        return Failed(name="Data rejected", message=told)
+        return Failed(name="Data rejected", message=summary)
     accepted = [verdict for verdict in verdicts if verdict.accepted]
     name = "Batches accepted" if accepted else "Batches quarantined" if verdicts else "No batch"
-    return Completed(name=name, message=told)
+    return Completed(name=name, message=summary)
 
 
 @flow(name="ingest", flow_run_name="snapshots of {dataset}")
@@ -61,13 +61,13 @@ def compare(
     store: str = DEFAULT_STORE,
     time_limit_minutes: TimeLimit = 60,
 ) -> State[object]:
-    """Say what came in between two snapshots, and what it changed in labels and images.
+    """Compare two snapshots: the batches in between, and their changes of labels and images.
 
     Args:
-        before: Digest of a snapshot, as the tag `snapshot` of a registered version has it.
+        before: Digest of a snapshot, as in the tag `snapshot` of a registered version.
         after: Digest of another one.
-        dataset: Whose snapshots they are.
-        store: Where data and records are kept.
+        dataset: Data set of the snapshots.
+        store: Address of data and records.
         time_limit_minutes: A run that takes longer is ended, as Timed out.
 
     """
@@ -80,24 +80,24 @@ def sweep(store: str = DEFAULT_STORE, time_limit_minutes: TimeLimit = 60) -> Sta
     """Start ingest/on-arrival for every data set that has something in `incoming/`.
 
     Args:
-        store: Where data and records are kept.
+        store: Address of data and records.
         time_limit_minutes: A run that takes longer is ended, as Timed out.
 
     """
     started, faults = start_ingests(find_waiting_datasets(store), store)
-    told = f"started for {', '.join(started)}" if started else "nothing has arrived"
+    summary = f"started for {', '.join(started)}" if started else "nothing has arrived"
     if faults:
-        return Failed(name="Not started", message="; ".join([*faults, told]))
-    return Completed(name="Swept", message=told)
+        return Failed(name="Not started", message="; ".join([*faults, summary]))
+    return Completed(name="Swept", message=summary)
 
 
 def take_in(
     dataset: str, store: str, quiet_minutes: float
 ) -> tuple[ValidatedSnapshot | RejectedSnapshot, list[Verdict], str]:
-    """Return the snapshot after everything that has arrived was judged, and what was said of it.
+    """Judge all batches that have arrived; return the snapshot, the verdicts and their summary.
 
-    The part that `ingest` and `train` share. A flow run that is resumed after it goes on with the
-    same; what has arrived since is for another run.
+    Shared by `ingest` and `train`. A flow run that is resumed later continues with the same data;
+    batches that have arrived since are left to another run.
     """
     if intake := find_intake(store):
         return intake.validated, intake.verdicts, intake.told
@@ -110,9 +110,10 @@ def take_in(
     champion = find_champion(snapshot.model_name) if arrivals.complete else None
     judged = [ingest_batch(snapshot, batch, champion) for batch in arrivals.complete]
     verdicts = [*arrivals.judged, *(verdict for verdict in judged if verdict)]
-    told = report_ingest(verdicts, arrivals, store)
+    summary = report_ingest(verdicts, arrivals, store)
+    # Accepted batches extend the data set: it has a new snapshot, which is validated as a whole.
     if any(verdict.accepted for verdict in verdicts):
         validated = validate_snapshot(take_snapshot(snapshot.dataset, store))
     if isinstance(validated, ValidatedSnapshot):
-        keep_intake(validated, verdicts, told, store)
-    return validated, verdicts, told
+        keep_intake(validated, verdicts, summary, store)
+    return validated, verdicts, summary

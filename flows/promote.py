@@ -1,4 +1,4 @@
-"""What people do to champions: approve or reject a challenger, roll back, read the history."""
+"""Promotion by people: approve or reject a challenger, roll back, list the history."""
 
 from typing import Annotated, Literal
 
@@ -42,12 +42,12 @@ def judge(
     """Approve or reject the challenger. An approval is refused if anything changed since.
 
     Args:
-        judgement: What you decided.
-        version: Which version you judged: the one that the run in the state Awaiting approval made.
-        reason: Why, for whoever reads the history.
+        judgement: Your decision.
+        version: Version that you judged: that of the run in the state Awaiting approval.
+        reason: Reason, for the readers of the history.
         who: Your name.
-        model: The registered model.
-        store: Where records are kept.
+        model: Name of the registered model.
+        store: Address of the store with the records.
         time_limit_minutes: A run that takes longer is ended, as Timed out.
 
     """
@@ -74,14 +74,14 @@ def roll_back(
     store: str = DEFAULT_STORE,
     time_limit_minutes: TimeLimit = 60,
 ) -> State[object]:
-    """Make an earlier champion champion again, once it has been seen to load and to classify.
+    """Make an earlier champion champion again, after a test that it loads and classifies.
 
     Args:
-        reason: Why, for whoever reads the history.
+        reason: Reason, for the readers of the history.
         who: Your name.
-        to: A version that was promoted once; empty: the previous champion.
-        model: The registered model.
-        store: Where records are kept.
+        to: Version that was promoted before; empty: the previous champion.
+        model: Name of the registered model.
+        store: Address of the store with the records.
         time_limit_minutes: A run that takes longer is ended, as Timed out.
 
     """
@@ -104,11 +104,11 @@ def tell_history(
     store: str = DEFAULT_STORE,
     time_limit_minutes: TimeLimit = 60,
 ) -> State[object]:
-    """List every move of the champion, and verify that none was changed or taken out.
+    """List every move of the champion, and verify that none was changed or removed.
 
     Args:
-        model: The registered model.
-        store: Where records are kept.
+        model: Name of the registered model.
+        store: Address of the store with the records.
         time_limit_minutes: A run that takes longer is ended, as Timed out.
 
     """

@@ -1,4 +1,4 @@
-"""Remove what nobody needs any more."""
+"""Remove checkpoints and artifacts that nothing depends on any more."""
 
 from prefect import flow
 from prefect.client.schemas import State
@@ -23,9 +23,9 @@ def retain(
     """Remove checkpoints of ended runs and artifacts of versions that lost; list them.
 
     Args:
-        policy: How long to keep what nothing depends on.
-        dry_run: Only list what would be removed.
-        store: Where data and records are kept.
+        policy: Days for which checkpoints and rejected artifacts are kept.
+        dry_run: List the removals, and remove nothing.
+        store: Address of data and records.
         time_limit_minutes: A run that takes longer is ended, as Timed out.
 
     """
@@ -33,8 +33,8 @@ def retain(
     if not dry_run:
         removals = remove(removals, store)
     report_removals(removals, dry_run=dry_run)
-    what = "; ".join(removal.what for removal in removals)
-    if not what:
+    summary = "; ".join(removal.what for removal in removals)
+    if not summary:
         return Completed(name="Nothing to remove", message="nothing is old enough")
     name = "Nothing removed, dry run" if dry_run else "Removed"
-    return Completed(name=name, message=what)
+    return Completed(name=name, message=summary)

@@ -36,7 +36,8 @@ from tasks.train import train_model
 
 Processes = Annotated[int, Field(ge=1, le=64)]
 
-_COMPARISONS = 3  # with a champion that somebody replaces meanwhile, before the run gives up
+_COMPARISONS = 3
+"""Comparisons with a champion that is replaced meanwhile, after which the run gives up."""
 
 
 def name_run() -> str:
@@ -64,15 +65,15 @@ def train(
     """Take in new data, retrain, and promote the result if it is proved to be no worse.
 
     Args:
-        dataset: `mnist`, `digits` (the embedded sample), `auto` (MNIST if it can be had), or a data
-            set of your own.
-        training: How the CNN is trained.
-        promotion: What the candidate has to prove; empty: the data set's own policy.
-        store: Where data and records are kept, `s3://BUCKET` or `s3://BUCKET/PREFIX`.
+        dataset: `mnist`, `digits` (the embedded sample), `auto` (MNIST if it can be downloaded),
+            or a data set of your own.
+        training: Configuration of the training of the CNN.
+        promotion: Policy that the candidate has to pass; empty: the data set's own.
+        store: Address of data and records, `s3://BUCKET` or `s3://BUCKET/PREFIX`.
         device: `auto` takes cuda, else mps, else cpu.
         processes: More than one trains under torchrun, one process for each GPU.
-        quiet_minutes: A batch without the marker `_SUCCESS` is complete once nothing was written
-            to it for so long.
+        quiet_minutes: Minutes without a write after which a batch without the marker `_SUCCESS` is
+            complete.
         time_limit_minutes: A run that takes longer is ended, as Timed out; waiting for its turn
             does not count.
         force: Train even if the champion was trained on the same data, in the same way.
@@ -91,6 +92,8 @@ def train(
         summary = report_skip(validated, champion, f"{repeat} ({arrived})")
         return Completed(name=summary.verdict, message=summary.reason)
     candidate = train_model(validated, training, device, processes)
+    # A promotion stands only against the present champion. If somebody moves the alias during the
+    # evaluation, `set_champion` returns False, and the candidate is compared with the new one.
     for _ in range(_COMPARISONS):
         champion, previous = find_opponents(candidate, store)
         known = {"candidate": candidate, "champion": champion, "previous": previous}

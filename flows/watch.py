@@ -1,4 +1,4 @@
-"""Look after the other runs: what went wrong is mended, and people are told."""
+"""Watch over the other runs: resume them, notify people, restore schedules."""
 
 from prefect import flow
 from prefect.client.schemas import State
@@ -18,13 +18,14 @@ from tasks.watch.schedules import restore_schedules
 @flow(name=WATCH_FLOW, flow_run_name="look after {store}")
 @in_time
 def watch(store: str = DEFAULT_STORE, time_limit_minutes: TimeLimit = 60) -> State[object]:
-    """Resume the runs that died, tell people what happened and what is wrong, mend schedules.
+    """Resume the runs that died, notify people of events and faults, and restore schedules.
 
     Args:
-        store: Where the messages that were sent are recorded.
+        store: Address of the store with the record of the messages sent.
         time_limit_minutes: A run that takes longer is ended, as Timed out.
 
     """
+    # Before the turn: a run that died must not wait for a pass that sends messages.
     resumed = recover_runs()
     if overtaken := take_turn({"dataset": None, "store": DEFAULT_STORE}):
         return Completed(name=OVERTAKEN, message=overtaken)

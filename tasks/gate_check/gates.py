@@ -1,7 +1,7 @@
-"""Plant faults in front of the gates of the weekly run, and see each of them refused.
+"""Plant faults in front of the gates of the weekly run, and verify that each is refused.
 
 The gates are the real ones: the evaluation, the decision and the loader of the other tasks, which
-this module therefore imports. Planted models live in memory and are never registered; planted data
+this module therefore imports. Faulty models live in memory and are never registered; poisoned data
 lie under a prefix that is removed.
 """
 
@@ -30,7 +30,7 @@ _NOISE = "Gaussian noise=0.08"
 
 
 class GateResult(BaseModel, frozen=True):
-    """What a gate did with something that was planted."""
+    """The verdict of a gate on a planted fault."""
 
     planted: str
     gate: str
@@ -41,8 +41,9 @@ class GateResult(BaseModel, frozen=True):
 
 @step
 def copy_snapshot(snapshot: Snapshot, scratch: str) -> Snapshot:
-    """Write the data to a store of the check's own, where everything else is planted beside it."""
-    train, test = read_split(snapshot, "train"), read_split(snapshot, "test")
+    """Copy the data to a store of the check's own, where the poisoned copies are written too."""
+    train = read_split(snapshot, "train")
+    test = read_split(snapshot, "test")
     return write_snapshot(Store(scratch), snapshot.dataset, train, test, "a copy")
 
 
@@ -50,16 +51,18 @@ def copy_snapshot(snapshot: Snapshot, scratch: str) -> Snapshot:
 def check_decisions(
     champion: ModelVersion, snapshot: Snapshot, policy: PromotionPolicy | None
 ) -> list[GateResult]:
-    """Measure planted models beside the champion that they are made of, and decide on each.
+    """Evaluate faulty models beside the champion that they are made from, and decide on each.
 
-    Each has to be kept out by the check that is there for its fault. The champion itself has to
-    pass: a gate that lets nothing through would also refuse every fault.
+    Each must be kept out by the check for its fault. The champion itself must pass: a gate that
+    lets nothing through would also refuse every fault.
     """
     from mnist_cnn.evaluation.faulty_models import plant_faults
 
     store = Store(snapshot.store)
-    train, test = read_split(snapshot, "train"), read_split(snapshot, "test")
+    train = read_split(snapshot, "train")
+    test = read_split(snapshot, "test")
     good, size = load_model(champion.model)
+    # A condition with Gaussian noise that the policy names, or else the default one.
     named = [name for name in policy.factor_floors if name.startswith("Gaussian")] if policy else []
     faults = plant_faults(good, test, named[0] if named else _NOISE)
     networks = {"champion": (good, size)} | {fault.name: (fault.model, size) for fault in faults}
@@ -69,6 +72,7 @@ def check_decisions(
     scored = {
         name: score(found, store, test, split, snapshot.until) for name, found in measured.items()
     }
+    # Without an opponent, as if it were the first model of its data set.
     itself = decide(scored["champion"], None, policy, ReuseHistory(split))
     results = [
         GateResult(
@@ -80,6 +84,7 @@ def check_decisions(
         )
     ]
     for fault in faults:
+        # The decision demands a gain on the same data, and only no loss on newer data.
         until = datetime.now(UTC) if fault.newer else snapshot.until
         planted = replace(scored[fault.name], data_until=until)
         decision = decide(planted, scored["champion"], policy, ReuseHistory(split))
@@ -90,7 +95,7 @@ def check_decisions(
 @step
 @registry_errors("the champion to damage")
 def check_loading(champion: ModelVersion) -> GateResult:
-    """Cut the champion's file in half, in a copy, and load that."""
+    """Load a copy of the champion whose weights file is cut in half: it must be refused."""
     import mlflow.artifacts
 
     with tempfile.TemporaryDirectory() as folder:
@@ -113,15 +118,18 @@ def check_loading(champion: ModelVersion) -> GateResult:
 
 @step
 def poison(snapshot: Snapshot) -> dict[str, Snapshot]:
-    """Write poisoned copies of a snapshot beside it."""
-    train, test = read_split(snapshot, "train"), read_split(snapshot, "test")
+    """Write poisoned copies of a snapshot beside it; return each by the name of its fault."""
+    train = read_split(snapshot, "train")
+    test = read_split(snapshot, "test")
     rng = np.random.default_rng(0)
-    shuffled = train.labels.copy()
-    half = rng.permutation(len(shuffled))[: len(shuffled) // 2]
+    # A random half of the labels is permuted among itself: the count of each digit stays the same.
+    shuffled = train.labels.copy()  # (N,)
+    half = rng.permutation(len(shuffled))[: len(shuffled) // 2]  # (N // 2,)
     shuffled[half] = rng.permutation(shuffled[half])
-    leaked = train.images.copy()
+    # A tenth of the test split, with its labels, replaces as many training images.
+    leaked = train.images.copy()  # (N, 28, 28)
     leaked[: len(test) // 10] = test.images[: len(test) // 10]
-    labels = train.labels.copy()
+    labels = train.labels.copy()  # (N,)
     labels[: len(test) // 10] = test.labels[: len(test) // 10]
     poisoned = {
         "half of the training labels shuffled": Digits(train.images, shuffled),
@@ -135,7 +143,7 @@ def poison(snapshot: Snapshot) -> dict[str, Snapshot]:
 
 
 def judge_validation(name: str, answer: ValidatedSnapshot | RejectedSnapshot) -> GateResult:
-    """Tell whether the validation refused poisoned data."""
+    """Return the result of validating poisoned data: it must be refused."""
     refusals = answer.failures if isinstance(answer, RejectedSnapshot) else []
     return GateResult(
         planted=name,
@@ -148,7 +156,7 @@ def judge_validation(name: str, answer: ValidatedSnapshot | RejectedSnapshot) ->
 
 @step
 def report_gates(results: list[GateResult]) -> None:
-    """Publish a table of what was planted and what became of it."""
+    """Log the results and publish them as a table."""
     rows = [
         {"result": "holds" if result.holds else "OPEN", **result.model_dump(exclude={"holds"})}
         for result in results
@@ -160,13 +168,14 @@ def report_gates(results: list[GateResult]) -> None:
 
 @step
 def clear(scratch: str) -> None:
-    """Remove everything that was planted."""
+    """Remove all objects of the check's own store."""
     store = Store(scratch)
     for name in store.names(""):
         store.remove(name)
 
 
 def _judge(name: str, refused_by: tuple[str, ...], decision: Decision) -> GateResult:
+    # "keep" is not enough: it may be for another reason than the planted fault.
     failed = {check.name for check in decision.checks if not check.passed}
     return GateResult(
         planted=name,

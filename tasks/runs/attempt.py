@@ -1,12 +1,12 @@
-"""One attempt at a flow run: it ends in time, and it is the only one that acts for its run.
+"""Attempts at a flow run: each ends within its time limit, and only the newest acts for the run.
 
 A run may be resumed while an earlier attempt is still alive, because the server or the network was
-away for longer than the heartbeat allows. So each attempt looks every few seconds at what the
-server says of its run, and acts on it:
+away for longer than the heartbeat allows. So each attempt reads the state of its run from the
+server every few seconds, and acts on it:
 
-    a newer attempt has begun, or is due        it ends itself, without a word about the run
-    somebody cancelled or ended the run         it ends itself
-    the run is called crashed, but it is alive  it says that the run goes on
+    a newer attempt has begun, or is due      it ends its process and leaves the run's state alone
+    the run was cancelled or ended            it ends its process
+    the run is Crashed, the attempt is alive  it sets the run to Running again
 """
 
 import faulthandler
@@ -42,26 +42,28 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 TimeLimit = Annotated[float, Field(gt=0, le=7 * 24 * 60)]
-"""Minutes."""
+"""A time limit in minutes, at most a week."""
 
-_LOOK_SECONDS = 4.0
+_POLL_SECONDS = 4.0
 _CANCELLING_SECONDS = 60.0
-"""A worker that lives has ended a cancelled run by then."""
+"""A live worker has ended a cancelled run by then."""
 _LAST_RESORT_SECONDS = 120.0
 """After the limit; the interpreter itself may hang, so that no thread of Python gets to run."""
 
 _GUARD: ContextVar["_Guard | None"] = ContextVar("guard", default=None)
-"""The guard of this process's attempt, once there is one."""
+"""The guard of the attempt in this process; None before it begins."""
 
 Order = Literal["go on", "say that it goes on", "end", "end as cancelled"]
 
 
 def judge_attempt(run: FlowRun, number: int, now: datetime) -> Order:
-    """Return what the attempt of that number has to do, given what the server says of its run."""
+    """Return the order for an attempt; `run` and `now` are the server's view of run and time."""
     state = run.state
+    # The server counts each Running state: a higher count belongs to a newer attempt.
     if state is None or run.run_count > number:
         return "end"
     if state.is_cancelling():
+        # Its worker kills the process. Without a worker, the attempt has to end itself.
         late = now - state.timestamp > timedelta(seconds=_CANCELLING_SECONDS)
         return "end as cancelled" if late else "go on"
     if state.is_crashed():
@@ -70,14 +72,14 @@ def judge_attempt(run: FlowRun, number: int, now: datetime) -> Order:
 
 
 def in_time(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a flow be one attempt, with its parameter `time_limit_minutes` as the limit."""
+    """Guard a flow as one attempt, with its parameter `time_limit_minutes` as the limit."""
     form = signature(function)
 
     @wraps(function)
     def guarded(*arguments: P.args, **parameters: P.kwargs) -> R:
-        given = form.bind(*arguments, **parameters)
-        given.apply_defaults()
-        with attempt(given.arguments["time_limit_minutes"]):
+        bound = form.bind(*arguments, **parameters)
+        bound.apply_defaults()
+        with attempt(bound.arguments["time_limit_minutes"]):
             return function(*arguments, **parameters)
 
     return guarded
@@ -85,12 +87,13 @@ def in_time(function: Callable[P, R]) -> Callable[P, R]:
 
 @contextmanager
 def attempt(limit_minutes: float = math.inf) -> Iterator[None]:
-    """Guard the work that follows; end the process if its time is up or the run is not its own.
+    """Guard the block; end the process at the time limit, or once the run is not its own.
 
-    A run that exceeds its limit ends as Failed with the name "Timed out". An attempt within another
-    one sets the limit, which counts from then on. In a process that was not started for the run,
-    such as a test's, nothing is guarded.
+    A run that exceeds its limit ends as Failed with the name "Timed out". A nested attempt sets the
+    limit of the outer one, which counts from then on. In a process that was not started for the
+    run, such as a test's, nothing is guarded.
     """
+    # Prefect sets the variable in the process that it starts for a flow run.
     if os.environ.get("PREFECT__FLOW_RUN_ID") != str(runtime.flow_run.id):
         yield
         return
@@ -100,6 +103,7 @@ def attempt(limit_minutes: float = math.inf) -> Iterator[None]:
         return
     outlive_the_reader()
     guard = _Guard(limit_minutes)
+    # The copied context carries Prefect's run context, which the thread's logger needs.
     thread = threading.Thread(target=copy_context().run, args=[guard.watch], daemon=True)
     thread.start()
     token = _GUARD.set(guard)
@@ -108,12 +112,12 @@ def attempt(limit_minutes: float = math.inf) -> Iterator[None]:
     finally:
         _GUARD.reset(token)
         guard.over.set()
-        thread.join(_LOOK_SECONDS)
+        thread.join(_POLL_SECONDS)
         faulthandler.cancel_dump_traceback_later()
 
 
 class _Guard:
-    """The thread that looks after an attempt."""
+    """The checks of an attempt, made in a thread beside it."""
 
     def __init__(self, limit_minutes: float) -> None:
         self._run_id = UUID(str(runtime.flow_run.id))
@@ -124,29 +128,35 @@ class _Guard:
         self.limit(limit_minutes)
 
     def limit(self, minutes: float) -> None:
-        """Let the time be up in so many minutes."""
-        self._limit, self._ends = minutes, time.monotonic() + 60 * minutes
+        """Set the time limit, in minutes from now."""
+        self._limit = minutes
+        self._ends = time.monotonic() + 60 * minutes
         if math.isfinite(minutes):
+            # faulthandler's own thread needs no interpreter lock, so a hang cannot stop it.
             faulthandler.dump_traceback_later(60 * minutes + _LAST_RESORT_SECONDS, exit=True)
 
     def watch(self) -> None:
-        """Look until the work is over; a server that is away is asked again at the next look."""
+        """Check the run until the work is over; at the next poll if the server is away."""
+        # This loop is the retry. Those of the client would delay the check of the time limit.
         with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
             while not self.over.is_set():
                 try:
                     with get_client(sync_client=True) as prefect:
-                        self._look(prefect)
-                except ObjectNotFound:  # somebody deleted the run
+                        self._check_run(prefect)
+                except ObjectNotFound:  # the run was deleted
                     _end_process()
                 except Exception as error:  # noqa: BLE001 - without a guard nothing ends the run
                     self._logger.debug("the Prefect server cannot be asked now: %r", error)
-                if time.monotonic() > self._ends + _LOOK_SECONDS:
-                    _end_process()  # the server is away: its worker or the heartbeat tells
-                self.over.wait(_LOOK_SECONDS)
+                # `_check_run` ends a run at its limit, with a message. One poll later, the server
+                # must be away: the worker reports the end, or the missing heartbeat does.
+                if time.monotonic() > self._ends + _POLL_SECONDS:
+                    _end_process()
+                self.over.wait(_POLL_SECONDS)
 
-    def _look(self, prefect: SyncPrefectClient) -> None:
+    def _check_run(self, prefect: SyncPrefectClient) -> None:
         run = prefect.read_flow_run(self._run_id)
         order = judge_attempt(run, self._number, server_time(prefect))
+        # The work may have ended meanwhile: the state that the flow returned must stand.
         if self.over.is_set():
             return
         if order == "go on" and time.monotonic() > self._ends:
@@ -154,9 +164,9 @@ class _Guard:
         elif order == "say that it goes on":
             message = f"Goes on: a late report said of it: {run.state and run.state.message}"
             running: State = Running(message=message)
-            answer = prefect.set_flow_run_state(self._run_id, running, force=True)
-            if answer.status == SetStateStatus.ACCEPT:
-                self._number += 1  # the server counts each Running
+            response = prefect.set_flow_run_state(self._run_id, running, force=True)
+            if response.status == SetStateStatus.ACCEPT:
+                self._number += 1  # the server counts this Running state too
         elif order == "end as cancelled":
             cancelled: State = Cancelled(message="Cancelled; no worker was there to end it.")
             prefect.set_flow_run_state(self._run_id, cancelled, force=True)
@@ -179,12 +189,16 @@ class _Guard:
 
 
 def _end_process() -> None:
-    """End this process and its children at once: what it was doing must not go on."""
+    """Kill this process and its children at once, so that none of its work goes on.
+
+    SIGKILL runs no handler of Prefect's engine, which would set a state for the run.
+    """
     import psutil
 
     try:
+        # Children first, such as the workers of torchrun: they would outlive their parent.
         for child in psutil.Process().children(recursive=True):
-            with suppress(psutil.Error):  # it ended by itself
+            with suppress(psutil.Error):  # it has ended already
                 child.kill()
         sys.stdout.flush()
         sys.stderr.flush()

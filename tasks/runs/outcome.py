@@ -1,10 +1,10 @@
-"""What a flow run has settled stays settled, however often the run is resumed or retried.
+"""Records of a flow run, which hold through every resume and retry.
 
     STORE/runs/FLOW_RUN/outcome.json   the state that the run ended in, written before it ends
-    STORE/runs/FLOW_RUN/NAME.json      what a step fixed for the run before it acted on it
+    STORE/runs/FLOW_RUN/NAME.json      a choice that a step fixed for the run before acting on it
 
-Only a state of type COMPLETED is an outcome. A run that failed, say for rejected data, is there to
-be repaired and retried.
+Only a state of type COMPLETED is an outcome. A run that failed, for example for rejected data, is
+to be repaired and retried.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ _OUTCOME = "outcome"
 
 
 class Outcome(BaseModel, frozen=True):
-    """How a flow run ended."""
+    """State in which a flow run completed."""
 
     format: Literal[1] = 1
     name: str
@@ -44,20 +44,21 @@ class Outcome(BaseModel, frozen=True):
 
 
 def once(function: Callable[P, State[object]]) -> Callable[P, State[object]]:
-    """Let a flow that has ended do nothing again: a retry returns the outcome on record.
+    """Make a flow run complete only once: a retry returns the outcome on record.
 
-    The flow has a parameter `store`, which keeps the record.
+    The flow has a parameter `store`, the address of the store with the record.
     """
     form = signature(function)
 
     @wraps(function)
     def ending_once(*arguments: P.args, **parameters: P.kwargs) -> State[object]:
-        given = form.bind(*arguments, **parameters)
-        given.apply_defaults()
-        store = given.arguments["store"]
+        bound = form.bind(*arguments, **parameters)
+        bound.apply_defaults()
+        store = bound.arguments["store"]
         if earlier := find_outcome(store):
             return earlier.state
         state = function(*arguments, **parameters)
+        # Recorded before it is returned: a run that dies in between is resumed, and finds it.
         if state.is_completed():
             record_outcome(str(state.name), str(state.message), store)
         return state
@@ -67,7 +68,7 @@ def once(function: Callable[P, State[object]]) -> Callable[P, State[object]]:
 
 @step
 def find_outcome(store: str) -> Outcome | None:
-    """Return how this flow run ended before; None if it did not, or failed."""
+    """Return the outcome of this flow run; None if it has not ended, or failed."""
     outcome = read_record(Store(store), _OUTCOME, Outcome)
     if outcome:
         get_run_logger().info(
@@ -86,9 +87,9 @@ def record_outcome(name: str, message: str, store: str) -> None:
 
 
 def read_record(store: Store, name: str, kind: type[Record]) -> Record | None:
-    """Return what was fixed under a name for this flow run; None if nothing was.
+    """Return the record under a name for this flow run; None if there is none.
 
-    Raises ValueError if the record is there and cannot be read: nobody knows then what was done.
+    Raises ValueError if there is one that cannot be read: the work that was done is then unknown.
     """
     path = _path(name)
     try:
@@ -104,7 +105,7 @@ def read_record(store: Store, name: str, kind: type[Record]) -> Record | None:
 
 
 def write_record(store: Store, name: str, record: BaseModel) -> None:
-    """Fix something under a name for this flow run."""
+    """Write a record under a name for this flow run."""
     store.put(_path(name), record.model_dump_json(indent=1).encode())
 
 

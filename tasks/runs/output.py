@@ -1,8 +1,9 @@
 """Standard output that outlives its reader.
 
 A flow's process writes to a pipe that its worker reads. Once the worker has died, the next line
-raises BrokenPipeError, and where Prefect's console handler wrote it, rich ends the thread: every
-death of a worker would cost each of its runs an attempt. The log reaches the server another way.
+raises BrokenPipeError, and if Prefect's console handler wrote it, rich ends the thread: every death
+of a worker would cost each of its runs an attempt. The log still reaches the server through its
+API.
 """
 
 import logging
@@ -11,8 +12,8 @@ from contextlib import suppress
 from typing import Any
 
 
-class _Patient:
-    """A text stream whose writes are lost once nobody reads them."""
+class _LossyStream:
+    """A text stream that drops its writes once nobody reads them."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -31,14 +32,16 @@ class _Patient:
 
 
 def outlive_the_reader() -> None:
-    """Let standard output, standard error and the log handlers that write to them lose lines."""
-    if isinstance(sys.stdout, _Patient):
+    """Make standard output, standard error and their log handlers drop lines without a reader."""
+    if isinstance(sys.stdout, _LossyStream):
         return
-    streams = {sys.stdout: _Patient(sys.stdout), sys.stderr: _Patient(sys.stderr)}
+    streams = {sys.stdout: _LossyStream(sys.stdout), sys.stderr: _LossyStream(sys.stderr)}
     sys.stdout, sys.stderr = streams.values()
+    # A handler keeps the stream that it was made with, so each one is moved to the new stream.
     loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict]
     for handler in {handler for logger in [logging.root, *loggers] for handler in logger.handlers}:
         if isinstance(handler, logging.StreamHandler) and handler.stream in streams:
             handler.setStream(streams[handler.stream])
-            if console := getattr(handler, "console", None):  # Prefect's own, which rich writes
+            # Prefect's handler prints through rich, whose console keeps a stream of its own.
+            if console := getattr(handler, "console", None):
                 console.file = handler.stream

@@ -1,7 +1,7 @@
-"""Let runs of one kind and data set go one after another, and only the newest of those that wait.
+"""Turns: for each deployment and data set one run at a time, and of those that wait the newest.
 
 Prefect's own limit on a deployment is not used: its slots stay taken by runs that never start, it
-drops the run of one data set because another's is going, and it keeps a whole queue after downtime.
+drops the run of one data set while another's is going, and it keeps a whole queue after downtime.
 """
 
 import time
@@ -35,16 +35,17 @@ from tasks.services.step import step
 P = ParamSpec("P")
 
 TAG = "mnist-retraining"
-"""What every deployment, and so every run of ours, is tagged with on a server that others share."""
+"""Tag of all deployments of this project, and so of their runs, on a server that others share."""
 
 OVERTAKEN = "Overtaken"
-"""Name of the state in which a run ends whose work a newer one does."""
+"""Name of the state in which a run ends because a newer one does its work."""
 
 _SETTLED = timedelta(seconds=20)
-"""A run that is called crashed may be alive, and has contradicted the report by then."""
+"""A run that was reported as crashed may be alive, and has contradicted the report by then."""
 
-_LOOK_SECONDS = 5.0
+_POLL_SECONDS = 5.0
 _SUBJECT = ("dataset", "store")
+"""Parameters in which two runs agree that must not go at the same time."""
 _SAME_WORK = {"dataset", "store", "quiet_minutes"}
 """Parameters that a schedule leaves out and an event fills in, with the same meaning."""
 
@@ -53,19 +54,19 @@ Turn = Literal["go", "wait", "overtaken"]
 
 @dataclass(frozen=True)
 class Contender:
-    """A run of a deployment that is due, goes, or is said to have died just now."""
+    """A run of a deployment that is due, has begun, or was reported as crashed just now."""
 
     run: FlowRun
     began: datetime | None
-    """Start of its present attempt; None if it has none."""
+    """Start of its present attempt; None if it has not begun."""
 
 
 def judge_turn(run: Contender, others: Iterable[Contender], defaults: Mapping[str, object]) -> Turn:
-    """Decide whether a run may go; `others` are those of its deployment.
+    """Return the turn of a run among `others`, the runs of its deployment.
 
-    Of one data set, the run whose attempt began first goes: one that is resumed after a death goes
-    on once the one that went meanwhile has ended. A run that was not begun before is overtaken by a
-    newer one of the same parameters: always if the schedule made it, else if it had to wait.
+    Of one data set, the run whose attempt began first goes: one that is resumed after a death
+    continues once the one that went meanwhile has ended. A run in its first attempt is overtaken by
+    a newer one with the same parameters: always if a schedule made it, otherwise if it had to wait.
     `defaults` are the flow's own, for the parameters that a run was not given.
     """
     rivals = [
@@ -74,9 +75,10 @@ def judge_turn(run: Contender, others: Iterable[Contender], defaults: Mapping[st
         if other.run.id != run.run.id
         and _subject(other.run, defaults) == _subject(run.run, defaults)
     ]
-    ahead = any(other.began and _place(other) < _place(run) for other in rivals)
+    ahead = any(other.began and _rank(other) < _rank(run) for other in rivals)
+    # A crashed run may not come back, so it overtakes nothing.
     newer = any(
-        _wish(other.run) == _wish(run.run) and _due(other.run) > _due(run.run)
+        _work(other.run) == _work(run.run) and _due(other.run) > _due(run.run)
         for other in rivals
         if other.run.state and not other.run.state.is_crashed()
     )
@@ -86,7 +88,7 @@ def judge_turn(run: Contender, others: Iterable[Contender], defaults: Mapping[st
 
 
 def in_turn(function: Callable[P, State[object]]) -> Callable[P, State[object]]:
-    """Let a flow wait for its turn before anything else; an overtaken run ends as Overtaken."""
+    """Make a flow wait for its turn before anything else; an overtaken run ends as Overtaken."""
     form = signature(function).parameters
     defaults: dict[str, object] = {name: form[name].default for name in _SUBJECT}
 
@@ -102,18 +104,18 @@ def in_turn(function: Callable[P, State[object]]) -> Callable[P, State[object]]:
 
 @step
 def take_turn(defaults: dict[str, object]) -> str | None:
-    """Wait until this run may go; return a sentence if it was overtaken, None once it may.
+    """Wait for this run's turn; return None when it has come, or the reason if it was overtaken.
 
     `defaults` are the flow's own data set and store. A run without a deployment goes at once.
     """
     deployment = runtime.deployment.id
     if deployment is None:
         return None
-    said = False
+    logged = False
     while True:
         with get_client(sync_client=True) as prefect:
             others = _find_contenders(prefect, UUID(str(deployment)))
-            run = _enter(prefect, prefect.read_flow_run(UUID(str(runtime.flow_run.id))))
+            run = _contender(prefect, prefect.read_flow_run(UUID(str(runtime.flow_run.id))))
             turn = judge_turn(run, others, defaults)
         if turn == "go":
             return None
@@ -122,16 +124,17 @@ def take_turn(defaults: dict[str, object]) -> str | None:
                 "a newer run for the same data set, with the same parameters, is due: it takes in "
                 "all that this one would have"
             )
-        if not said:
+        if not logged:
             get_run_logger().info("waits: another run for the same data set is going")
-            said = True
-        time.sleep(_LOOK_SECONDS)
+            logged = True
+        time.sleep(_POLL_SECONDS)
 
 
 def _find_contenders(prefect: SyncPrefectClient, deployment: UUID) -> list[Contender]:
     """Return the runs of a deployment that have begun or are due, and have not ended for good.
 
-    Whether one has begun does not depend on a clock, and what is due the server's clock decides.
+    A run that has begun is found by its state, which needs no clock; due is decided by the server's
+    clock.
     """
     now = server_time(prefect)
     begun = FlowRunFilter(state=_in_states(StateType.PENDING, StateType.RUNNING))
@@ -139,20 +142,23 @@ def _find_contenders(prefect: SyncPrefectClient, deployment: UUID) -> list[Conte
         state=_in_states(StateType.SCHEDULED),
         expected_start_time=FlowRunFilterExpectedStartTime(before_=now),
     )
+    # It may be alive and about to contradict the report, so for a while it still has its turn.
     dead = FlowRunFilter(
         state=_in_states(StateType.CRASHED),
         end_time=FlowRunFilterEndTime(after_=now - _SETTLED),
     )
     ours = DeploymentFilter(id=DeploymentFilterId(any_=[deployment]))
     return [
-        _enter(prefect, found)
+        _contender(prefect, found)
         for wanted in (begun, due, dead)
         for found in prefect.read_flow_runs(flow_run_filter=wanted, deployment_filter=ours)
         if found.state_name != GIVEN_UP
     ]
 
 
-def _enter(prefect: SyncPrefectClient, run: FlowRun) -> Contender:
+def _contender(prefect: SyncPrefectClient, run: FlowRun) -> Contender:
+    # `start_time` is the start of the first attempt. That of a later one is read from the states,
+    # which costs a request each.
     goes = run.state is not None and (run.state.is_running() or run.state.is_crashed())
     if run.run_count <= 1 or not goes:
         return Contender(run, run.start_time if goes else None)
@@ -168,12 +174,13 @@ def _subject(run: FlowRun, defaults: Mapping[str, object]) -> list[object]:
     return [given[name] for name in _SUBJECT]
 
 
-def _wish(run: FlowRun) -> dict[str, object]:
-    """Return what a run was asked for beyond its data set."""
+def _work(run: FlowRun) -> dict[str, object]:
+    """Return the parameters that define a run's work beyond its data set."""
     return {name: value for name, value in run.parameters.items() if name not in _SAME_WORK}
 
 
-def _place(contender: Contender) -> tuple[datetime, str]:
+def _rank(contender: Contender) -> tuple[datetime, str]:
+    # The id breaks a tie in the same way for every run that decides on its turn.
     return contender.began or datetime.max.replace(tzinfo=UTC), str(contender.run.id)
 
 

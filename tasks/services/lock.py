@@ -1,4 +1,7 @@
-"""Let one run at a time change what everybody relies on: a model's aliases, a data set's ledger."""
+"""A lock across runs, on Prefect's global concurrency limits.
+
+It serialises changes to shared state, such as a model's aliases or a data set's ledger.
+"""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,26 +19,32 @@ _PATIENCE_SECONDS = 600
 
 
 class Busy(ConnectionError):
-    """Other runs that do the same did not end in time."""
+    """Other runs held the lock for too long.
+
+    A `ConnectionError`, so that a task retries it: see tasks/services/step.py.
+    """
 
 
 @contextmanager
 def exclusive(name: str, verb: str = "promote") -> Iterator[None]:
-    """Hold the only right to do this to a model or data set, on any machine of this Prefect server.
+    """Hold the lock `verb`-`name` for the block, on all machines of this Prefect server.
 
-    A holder that dies blocks the others for its lease of a minute, no longer.
+    A holder that dies blocks the others for its lease of a minute, no longer. Raises `Busy` if the
+    lock is not free within ten minutes.
     """
     limit = f"{verb}-{name}"
     with get_client(sync_client=True) as prefect:
         try:
             found = prefect.read_global_concurrency_limit_by_name(limit)
-            if found.limit != 1 or not found.active:  # by hand; else no write meets a holder's
+            # Somebody edited it. It is not written otherwise, so that no write meets a holder's.
+            if found.limit != 1 or not found.active:
                 bound = GlobalConcurrencyLimitUpdate(limit=1, active=True)
                 prefect.update_global_concurrency_limit(limit, bound)
         except ObjectNotFound:
             with suppress(ObjectAlreadyExists):  # another run was faster
                 wanted = GlobalConcurrencyLimitCreate(name=limit, limit=1)
                 prefect.create_global_concurrency_limit(wanted)
+    # Only the acquisition turns a TimeoutError into `Busy`; one of the block passes unchanged.
     with ExitStack() as held:
         try:
             held.enter_context(
@@ -43,7 +52,7 @@ def exclusive(name: str, verb: str = "promote") -> Iterator[None]:
                     limit,
                     timeout_seconds=_PATIENCE_SECONDS,
                     lease_duration=_LEASE_SECONDS,
-                    strict=True,
+                    strict=True,  # an absent limit is an error, not an open door
                 )
             )
         except TimeoutError as error:

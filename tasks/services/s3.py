@@ -1,7 +1,7 @@
-"""Everything that is kept in S3 is bytes at addresses.
+"""A small S3 client: objects under `s3://BUCKET[/PREFIX]`.
 
-    STORE/datasets/NAME/…     what arrives, what was accepted, and why: see tasks/datasets/ledger.py
-    STORE/runs/FLOW_RUN/…     what one run decided, and why
+    STORE/datasets/NAME/…     arrivals, accepted data and the ledger: see tasks/datasets/ledger.py
+    STORE/runs/FLOW_RUN/…     the decisions of one run, with their reasons
     STORE/models/NAME/…       the history of a registered model
 
 Endpoint and credentials come from boto3's own variables (`AWS_*`, `AWS_ENDPOINT_URL_S3`).
@@ -29,15 +29,15 @@ STORE_VARIABLE = "RETRAINING_STORE"
 
 
 def default_store() -> str:
-    """Return where data and records are kept if nobody names another place."""
+    """Return the default address of data and records: that in `RETRAINING_STORE`, if it is set."""
     return os.environ.get(STORE_VARIABLE) or "s3://mnist-retraining"
 
 
 DEFAULT_STORE = default_store()
-"""The flows' default: of the process that deploys them, whose form shows it, or that runs them."""
+"""Default of the flows, from the process that deploys them, whose form shows it, or runs them."""
 
 LINK_LIFE = timedelta(days=7)
-"""How long a link works: the longest that signature version 4 allows."""
+"""Lifetime of a link: the longest that signature version 4 allows."""
 
 _CONTENT_TYPES = {
     "json": "application/json",
@@ -46,35 +46,34 @@ _CONTENT_TYPES = {
     "png": "image/png",
 }
 
-
 _SERVER_FAULT = 500
 _BUSY = {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "RequestLimitExceeded"}
-"""Codes of S3 errors that another try may not meet; so may any status of 429 or from 500 on."""
+"""Codes of S3 errors that a retry may not meet; the same holds for a status of 429 or from 500."""
 
 
 class StorageUnreachable(ConnectionError):
-    """The S3 server does not answer, or is too busy; worth another try."""
+    """The S3 server does not answer, or is too busy; worth a retry."""
 
 
 class StorageRefused(PermissionError):
-    """The S3 server answers, but not to these credentials or not for this bucket."""
+    """The S3 server rejects the request, as a rule for its credentials or its bucket."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An object as a listing shows it."""
+    """An object in a listing."""
 
     name: str
     bytes: int
     etag: str
-    """The server's word for the content: it changes when the content does."""
+    """The server's tag for the content: it changes when the content does."""
     modified: datetime
 
 
 class Store:
     """A bucket, or a prefix in one, written as `s3://BUCKET[/PREFIX]`.
 
-    Every method raises `StorageUnreachable` or `StorageRefused` with a sentence on what to do.
+    Every method raises `StorageUnreachable` or `StorageRefused`, with the cure in the message.
     """
 
     def __init__(self, address: str) -> None:
@@ -86,6 +85,7 @@ class Store:
         self.bucket, _, self._prefix = self.address[5:].partition("/")
         with self._s3_errors():
             self._client = _connect()
+        # Closes the connections when the store is garbage-collected: no caller has to close it.
         weakref.finalize(self, self._client.close)
 
     def address_of(self, name: str) -> str:
@@ -109,61 +109,65 @@ class Store:
         return self.address_of(name)
 
     def get(self, name: str) -> bytes:
-        """Read an object; FileNotFoundError names the address that holds nothing."""
+        """Return the content of an object; FileNotFoundError with its address if there is none."""
         from botocore.exceptions import ClientError
 
         with self._s3_errors():
             try:
-                return self._client.get_object(Bucket=self.bucket, Key=self._key(name))[
-                    "Body"
-                ].read()
+                response = self._client.get_object(Bucket=self.bucket, Key=self._key(name))
             except ClientError as error:
                 if error.response["Error"]["Code"] == "NoSuchKey":
                     raise FileNotFoundError(
                         f"{self.address_of(name)} holds nothing; it was removed, or never written"
                     ) from error
                 raise
+            return response["Body"].read()
 
     def modified(self, name: str) -> datetime:
-        """Return when an object was written."""
+        """Return the time at which an object was written."""
         with self._s3_errors():
             return self._client.head_object(Bucket=self.bucket, Key=self._key(name))["LastModified"]
 
     def has(self, name: str) -> bool:
-        """Tell whether there is an object called `name`."""
+        """Return True if there is an object called `name`."""
         from botocore.exceptions import ClientError
 
         with self._s3_errors():
             try:
                 self._client.head_object(Bucket=self.bucket, Key=self._key(name))
             except ClientError as error:
+                # A response to HEAD has no body, so the code is the status.
                 if error.response["Error"]["Code"] == "404":
                     return False
                 raise
             return True
 
     def time(self) -> datetime:
-        """Return the time by the server's clock, by which it dates objects."""
+        """Return the time by the server's clock, with which it dates objects."""
         with self._s3_errors():
-            answer = self._client.head_bucket(Bucket=self.bucket)
-        return read_date(answer["ResponseMetadata"]["HTTPHeaders"].get("date"))
+            response = self._client.head_bucket(Bucket=self.bucket)
+        return read_date(response["ResponseMetadata"]["HTTPHeaders"].get("date"))
 
     def remove(self, name: str) -> None:
-        """Remove an object; one that is not there is no error."""
+        """Remove an object; a missing one is no error."""
         with self._s3_errors():
             self._client.delete_object(Bucket=self.bucket, Key=self._key(name))
 
     def copy(self, name: str, to: str) -> None:
         """Copy an object within the store, whole or not at all."""
-        source = {"Bucket": self.bucket, "Key": self._key(name)}
         with self._s3_errors():
-            self._client.copy_object(Bucket=self.bucket, Key=self._key(to), CopySource=source)  # type: ignore[arg-type]
+            self._client.copy_object(
+                Bucket=self.bucket,
+                Key=self._key(to),
+                CopySource={"Bucket": self.bucket, "Key": self._key(name)},
+            )
 
     def move(self, entry: Entry, name: str) -> bool:
-        """Move what `entry` shows to `name`, copy first; False if it has changed or gone since.
+        """Move the object of `entry` to `name`; False if it has changed or is gone.
 
-        What somebody wrote there meanwhile stays where it is.
+        It is copied first. An object that was written in its place meanwhile is not removed.
         """
+        # A copy that exists already was made by an attempt that died before the removal.
         if not self.has(name):
             if self._present(entry.name) != entry:
                 return False
@@ -174,6 +178,7 @@ class Store:
                 f"{self.address_of(name)} is not the copy of {self.address_of(entry.name)} that "
                 "was asked for; nothing was removed: look at both"
             )
+        # Once more, as late as possible: the copy may have taken a while.
         if self._present(entry.name) != entry:
             return False
         self.remove(entry.name)
@@ -189,7 +194,7 @@ class Store:
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.bucket, Prefix=self._key(prefix)
             )
-            cut = len(self._key(""))
+            cut = len(self._key(""))  # names are relative to the store
             found = [
                 Entry(each["Key"][cut:], each["Size"], each["ETag"], each["LastModified"])
                 for page in pages
@@ -211,7 +216,7 @@ class Store:
             ]
 
     def link(self, name: str) -> str:
-        """Return an address that any browser can open for as long as `LINK_LIFE`."""
+        """Return a presigned URL, which any browser can open for `LINK_LIFE`."""
         with self._s3_errors():
             return self._client.generate_presigned_url(
                 "get_object",
@@ -220,8 +225,9 @@ class Store:
             )
 
     def check(self) -> None:
-        """Write an object, read it back, remove it: all that a run will need, before it starts."""
-        name, content = "check/write-and-read", b"the store can be written and read"
+        """Write an object, read it back and remove it: all that a run needs, checked before it."""
+        name = "check/write-and-read"
+        content = b"the store can be written and read"
         self.put(name, content)
         if self.get(name) != content:
             raise StorageRefused(f"{self.address_of(name)} does not hold what was written to it")
@@ -235,7 +241,7 @@ class Store:
 
     @contextmanager
     def _s3_errors(self) -> Iterator[None]:
-        """Turn what boto3 raises into a sentence: what was got, and what to do."""
+        """Translate boto3's errors into ours, with the server's answer and the cure."""
         from botocore import exceptions as s3
         from botocore.parsers import ResponseParserError
 
@@ -285,9 +291,9 @@ def _connect() -> "S3Client":
         connect_timeout=5,
         read_timeout=60,
         retries={"mode": "standard", "total_max_attempts": 3},
-        signature_version="s3v4",  # boto3 still signs links with version 2 if it is not told
+        signature_version="s3v4",  # boto3 still signs links with version 2 by default
     )
-    # A session of its own: boto3's default one would keep the first credentials that it ever saw.
+    # A session of its own: boto3's default one keeps the first credentials that it finds.
     session = get_session()
     session.register_component("data_loader", _loader())
     return Session(botocore_session=session).client("s3", config=patience)
@@ -295,7 +301,7 @@ def _connect() -> "S3Client":
 
 @cache
 def _loader() -> "Loader":
-    """Return the reader of botocore's descriptions of S3, which takes longer than all else here."""
+    """Return the shared loader of botocore's descriptions of S3: the slow part of a new client."""
     from botocore.loaders import create_loader
 
     return create_loader()

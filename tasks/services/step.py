@@ -1,4 +1,4 @@
-"""The decorator of every task: patient with services that are away, never answered from a cache."""
+"""The decorator of every task: retries while a service is away, and no cached results."""
 
 import os
 from collections.abc import Callable
@@ -17,21 +17,21 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 PATIENCE = "RETRAINING_PATIENCE_SECONDS"
-"""The variable that says how long a task waits for a service that is away; 900 if it is not set."""
+"""Variable with the seconds that a task waits for a service that is away; 900 if it is not set."""
 
 _DELAYS = [2, 5, 10, 20, 30, *[60] * 30]
-"""Seconds before each repeat, as many as patience allows."""
+"""Seconds before each retry, as many as the patience allows."""
 
-_BUSY = (408, 429)
+_BUSY = (408, 429)  # Request Timeout and Too Many Requests
 
 
 def step(function: Callable[P, R]) -> Task[P, R]:
-    """Make a task of a function.
+    """Make a Prefect task of a function, with retries.
 
-    It is repeated for a quarter of an hour while a service is away or busy, which our own modules
-    tell by a ConnectionError and Prefect's client by errors of httpx, and for no other error. Its
-    result is never taken from a cache, whatever the worker's settings say: tasks ask the world,
-    which changes.
+    It is retried for a quarter of an hour while a service is away or busy, and for no other error.
+    Our own modules raise a ConnectionError then, Prefect's client errors of httpx. Its result is
+    never taken from a cache, whatever the worker's settings: a task reads services, whose state
+    changes.
     """
     return task(
         retries=len(_DELAYS),
@@ -44,7 +44,8 @@ def step(function: Callable[P, R]) -> Task[P, R]:
 
 
 def worth_another_try(_task: object, run: "TaskRun", state: "State[object]") -> bool:
-    """Tell Prefect to retry what failed to connect, and nothing else, for as long as patience."""
+    """Return True for a failure to connect, and for no other, for as long as the patience lasts."""
+    # The delays so far, without the time that the attempts took.
     waited = [0, *accumulate(_DELAYS)][min(run.run_count - 1, len(_DELAYS))]
     patient = waited < float(os.environ.get(PATIENCE) or 900)
     return patient and _is_away(state.result(raise_on_failure=False))

@@ -1,12 +1,12 @@
-"""Rules by which the Prefect server itself tells people that nothing of ours can run.
+"""Automations by which the Prefect server itself notifies people that nothing of ours can run.
 
-watch/always sends the messages, so that nobody would hear of it when no worker takes its runs, or
-when they fail. Each rule is a sequence of two triggers, "it works" and then "it does not for a
-while": it fires once, and not again before it worked in between.
+watch/always sends all other messages, but none while no worker takes its runs, or while they fail.
+Each rule is a sequence of two triggers, "it works" and then "it does not for a while": it fires
+once, and not again before it has worked in between.
 
-Neither names a pool: a deployment that is made later, in a pool that has no worker, is covered as
-well. (The server counts what works for all pools together, so that where another pool works a pool
-without a worker is told of again, at most once for each of its runs that is late.)
+Neither rule names a pool: a deployment that is added later, in a pool without a worker, is covered
+as well. (The server counts the events of all pools together. While another pool works, a pool
+without a worker is reported again, at most once for each of its late runs.)
 """
 
 import json
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
 WATCHED = "Watched"
-"""Name of the state in which a run of watch/always ends that did all its work."""
+"""Name of the state in which a run of watch/always ends after all its work."""
 
 NO_WORKER_AFTER = timedelta(minutes=8)
-"""After a run was called late; with what the server takes to see that, ten minutes."""
+"""After a run became Late; ten minutes, with the time that the server takes to notice that."""
 
 WATCH_FAILS_AFTER = timedelta(minutes=20)
-"""After a run of watch/always failed: the next three have failed as well, or did not come."""
+"""After a failed run of watch/always: the next three have failed as well, or did not come."""
 
 _ARMED = "notifications.armed"
-"""The event that stands for "it works" when a rule is made: nothing may have run before."""
+"""Event that stands for "it works" when a rule is made, as nothing may have run before."""
 _TAKEN = {f"prefect.flow-run.{name}" for name in ("Submitting", "Pending", "Running")}
 _FAILED = {
     f"prefect.flow-run.{name}" for name in ("Failed", "Crashed", "Timed out", "TimedOut", GIVEN_UP)
@@ -49,8 +49,8 @@ _FAILED = {
 _OURS = {"prefect.resource.id": f"prefect.tag.{TAG}", "prefect.resource.role": "tag"}
 _WATCH = {"prefect.resource.name": WATCH_FLOW, "prefect.resource.role": "flow"}
 _IN_A_POOL = {"prefect.resource.role": "work-pool"}
-_OF_OLD = ("Says once that no worker of pool ", f"Says once that {WATCH_FLOW}/always of ")
-"""How the descriptions of rules begin that these rules replace."""
+_REPLACED = ("Says once that no worker of pool ", f"Says once that {WATCH_FLOW}/always of ")
+"""Beginnings of the descriptions of earlier rules, which these replace."""
 
 
 def rules(
@@ -58,7 +58,7 @@ def rules(
     no_worker_after: timedelta = NO_WORKER_AFTER,
     watch_fails_after: timedelta = WATCH_FAILS_AFTER,
 ) -> list[AutomationCore]:
-    """Return the rules that send notifications to the blocks."""
+    """Return the automations that send notifications through the blocks."""
     return [_no_worker(blocks, no_worker_after), _watch_fails(blocks, watch_fails_after)]
 
 
@@ -121,9 +121,9 @@ def _missing(
     for_each: str,
     within: timedelta,
 ) -> EventTrigger:
-    """Return a trigger for what does not come in time after something else.
+    """Return a trigger that fires if no expected event comes in time after another event.
 
-    Without `for_each` the server opens a window for it before anything has happened.
+    Without `for_each` the server opens a window before any event has come.
     """
     return EventTrigger(
         after=after,
@@ -145,9 +145,9 @@ def keep_rules(
     no_worker_after: timedelta = NO_WORKER_AFTER,
     watch_fails_after: timedelta = WATCH_FAILS_AFTER,
 ) -> list[str]:
-    """Make the rules that are missing and let all of them notify the blocks; return what changed.
+    """Create the missing rules and make each notify all blocks; return the names of those changed.
 
-    What a person edited stays, but for the blocks.
+    A person's edits of a rule are kept, except for its blocks.
     """
     changed: list[str] = []
     for rule in rules(blocks, no_worker_after, watch_fails_after) if blocks else []:
@@ -156,6 +156,7 @@ def keep_rules(
             prefect.create_automation(rule)
             changed.append(rule.name)
         elif _notified(present[0]) != set(blocks):
+            # Only notifications are exchanged: a person may have added actions of other kinds.
             others = [a for a in present[0].actions if not isinstance(a, SendNotification)]
             kept = AutomationCore.model_validate(present[0].model_dump())
             kept.actions = [*others, *rule.actions]
@@ -168,9 +169,9 @@ def keep_rules(
 
 
 def _remove_old(prefect: "SyncPrefectClient") -> None:
-    """Remove the rules of earlier versions, which would say the same."""
+    """Remove the rules of earlier versions, which would send the same messages."""
     for rule in prefect.read_automations():
-        if rule.description.startswith(_OF_OLD):
+        if rule.description.startswith(_REPLACED):
             prefect.delete_automation(rule.id)
 
 
@@ -179,7 +180,7 @@ def _notified(automation: AutomationCore) -> set[UUID]:
 
 
 def _arm(prefect: "SyncPrefectClient") -> None:
-    """Emit the event that stands for "it works": whoever changes a rule resets what it has seen."""
+    """Emit the event that stands for "it works": a changed rule starts without past events."""
     watch = _WATCH | {"prefect.resource.id": f"mnist-retraining.{WATCH_FLOW}"}
     pool = _IN_A_POOL | {"prefect.resource.id": "mnist-retraining.any-pool"}
     event = Event(

@@ -1,9 +1,9 @@
-"""The record of a message on its way to its recipients, and the rules for trying again.
+"""Delivery of a message to its recipients: its record and the rules for retries.
 
-taken       done
-late        sent, and not answered: it may have arrived, so it is repeated three times only
-refused     answered, and not taken: after three times a short form is sent instead
-unreachable no connection, or a service that is busy: tried at every look for a week
+taken        delivered
+late         sent, but not answered: it may have arrived, so it is retried three times only
+refused      answered, but not taken: after three times a short form is sent instead
+unreachable  no connection, or a busy service: retried in each pass for a week
 """
 
 from collections.abc import Mapping
@@ -16,27 +16,28 @@ from pydantic import BaseModel
 from tasks.watch.messages import Message
 
 KEPT = timedelta(days=7)
-"""How long a message is tried for a recipient that cannot be reached."""
+"""Time for which a message is retried for a recipient that cannot be reached."""
 
 _LATE_PAUSES = (timedelta(minutes=15), timedelta(hours=1), timedelta(hours=4))
 _FIRST_PAUSE = timedelta(minutes=4)
-"""After the first refusal, so that the next look, five minutes later, tries again."""
+"""After the first refusal, so that the next pass, five minutes later, is a retry."""
 _REFUSALS = 10
-"""The pauses double: the last try is a day and a half after the first."""
+"""The pauses double: the last attempt is a day and a half after the first."""
 _LONG_FORMS = 3
+"""Refusals of the long form, after which the short form is sent."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a recipient did not take a message."""
+    """Reason for which a recipient did not take a message."""
 
     kind: Literal["late", "refused", "unreachable"]
     reason: str
-    """In words of ours, without an address."""
+    """In our own words, without an address."""
 
     @property
     def blocks(self) -> bool:
-        """Whether another message would fare no better now."""
+        """True if any other message would fail as well now."""
         return self.kind != "refused"
 
     def __str__(self) -> str:
@@ -44,48 +45,50 @@ class Failure:
 
 
 class Tries(BaseModel, frozen=True):
-    """How often a recipient was given a message that it has not taken."""
+    """Failed attempts to deliver a message to one recipient."""
 
     refused: int = 0
     late: int = 0
     due: datetime | None = None
-    """When it is given it again; at the next look if None."""
+    """Time from which on it is retried; None for the next pass."""
 
     @property
     def short(self) -> bool:
-        """Whether the short form is due: the long one may be too long for it."""
+        """True if the short form is due: the long one may be too long for the recipient."""
         return self.refused >= _LONG_FORMS
 
 
 class Delivery(BaseModel, frozen=True):
-    """A message and how far it has come."""
+    """A message and the state of its delivery to each block."""
 
     format: int = 1
     message: Message
     sent: datetime
-    """When it was sent first."""
+    """Time of the first attempt."""
     taken: list[str]
+    """Blocks that took it."""
     owed: list[str]
-    """Blocks that failed, or had no turn yet, and are tried again."""
+    """Blocks that failed, or were not tried yet: they are tried again."""
     tries: dict[str, Tries] = {}
     given_up: dict[str, str] = {}
-    """Blocks that are not tried again, and why."""
+    """Blocks that are not tried again, with the reason."""
 
     def due(self, now: datetime) -> list[str]:
-        """Return the blocks that are given the message now."""
+        """Return the blocks that are to be tried now."""
         known = {name: self.tries.get(name, Tries()) for name in self.owed}
         return [name for name, tries in known.items() if not tries.due or tries.due <= now]
 
 
 def settle(before: Delivery, results: Mapping[str, Failure | None], now: datetime) -> Delivery:
-    """Return the delivery after blocks took it (None) or failed."""
-    tries, given_up = dict(before.tries), dict(before.given_up)
+    """Return the delivery after an attempt; the result of a block that took the message is None."""
+    tries = dict(before.tries)
+    given_up = dict(before.given_up)
     for name, failure in results.items():
         so_far = tries.pop(name, Tries())
         following = try_again(so_far, failure, now - before.sent, now) if failure else None
         if following:
             tries[name] = following
-        elif failure:
+        elif failure:  # no attempt is left
             given_up[name] = failure.reason
     taken = [*before.taken, *(name for name, failure in results.items() if failure is None)]
     owed = [name for name in before.owed if name not in taken and name not in given_up]
@@ -94,9 +97,9 @@ def settle(before: Delivery, results: Mapping[str, Failure | None], now: datetim
 
 
 def try_again(tries: Tries, failure: Failure, age: timedelta, now: datetime) -> Tries | None:
-    """Return when a block that failed is tried again; None if it is not.
+    """Return the tries of a block after one more failure; None if it is not to be tried again.
 
-    `age` is the time since the message was sent first.
+    `age` is the time since the first attempt.
     """
     if failure.kind == "unreachable":
         return None if age > KEPT else tries.model_copy(update={"due": None})

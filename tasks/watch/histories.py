@@ -1,8 +1,8 @@
-"""Verify the history of every model once a day, and tell people what is broken.
+"""Verify the history of every model once a day, and report the broken ones.
 
-    STORE/watch/histories-verified.json    when each was verified, and since when one is unreadable
+    STORE/watch/histories-verified.json    the last check of each, and since when one is unreadable
 
-By itself, because it needs MLflow, which may be away: that fails nothing here.
+A step of its own, because it needs MLflow, which may be away: that fails nothing here.
 """
 
 from collections.abc import Iterable, Mapping
@@ -28,19 +28,19 @@ _AGAIN = timedelta(hours=1)
 
 
 class Check(BaseModel, frozen=True):
-    """When the history of a model was read last, or could not be."""
+    """The last attempt to verify the history of a model."""
 
     tried: datetime
     unread_since: datetime | None = None
     reason: str = ""
 
     def is_due(self, now: datetime) -> bool:
-        """Whether it is time to read it again."""
+        """Return True if it is time to verify it again."""
         return now - self.tried >= (_AGAIN if self.unread_since else _EVERY)
 
 
 class Checks(BaseModel, frozen=True):
-    """The checks of all models by their names."""
+    """The last check of each model, by its name."""
 
     format: int = 1
     models: dict[str, Check] = {}
@@ -48,25 +48,28 @@ class Checks(BaseModel, frozen=True):
 
 @step
 def notify_of_histories(store: str) -> list[str]:
-    """Verify the histories that are due, send what is broken; return the subjects and what failed.
+    """Verify the histories that are due and report broken ones; return the subjects and failures.
 
-    A history that cannot be read is logged and tried again an hour later; after a day people are
-    told.
+    A history that cannot be read is logged and retried an hour later; people are notified after a
+    day.
     """
-    place = Store(store)
-    checks = _read_checks(place)
+    s3 = Store(store)
+    checks = _read_checks(s3)
     with get_client(sync_client=True) as prefect:
-        now, recipients = server_time(prefect), find_recipients(prefect)
-    models = find_models(place)
+        now = server_time(prefect)
+        recipients = find_recipients(prefect)
+    models = find_models(s3)
     due = [model for model in models if _is_due(checks.models.get(model), now)]
     if not recipients or not due:
         return []
-    broken, failed = verify_histories(place, due)
+    broken, failed = verify_histories(s3, due)
     checks = note_checks(checks, due, failed, now)
+    # A model whose history was removed from the store keeps its check, but is not reported.
     unread = [each for each in find_unread(checks) if each.model in models]
     situation = Situation(now=now, broken=broken, unread=tuple(unread))
-    sent = Outbox(recipients, place, now).send(compose(situation))
-    place.put(_RECORD, checks.model_dump_json(indent=1).encode())
+    sent = Outbox(recipients, s3, now).send(compose(situation))
+    # Last: a step that dies before it is repeated, and no message is lost.
+    s3.put(_RECORD, checks.model_dump_json(indent=1).encode())
     for model, reason in failed.items():
         get_run_logger().warning(
             "the history of %s was not verified, and is tried again in an hour: %s", model, reason
@@ -81,11 +84,13 @@ def find_models(store: Store) -> list[str]:
 
 
 def verify_histories(store: Store, models: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Return what is wrong with the history of each model, and why others could not be read.
+    """Return the problems of each broken history, and the reason for each unreadable one.
 
-    A registry that is away is asked once: its client waits for minutes each time.
+    A registry that is away is tried once: its client waits for minutes each time.
     """
-    broken, unread, away = dict[str, str](), dict[str, str](), ""
+    broken = dict[str, str]()
+    unread = dict[str, str]()
+    away = ""  # the reason, once the registry was found to be away
     for model in models:
         if away:
             unread[model] = away
@@ -106,7 +111,7 @@ def verify_histories(store: Store, models: Iterable[str]) -> tuple[dict[str, str
 def note_checks(
     before: Checks, tried: Iterable[str], failed: Mapping[str, str], now: datetime
 ) -> Checks:
-    """Return the checks after some models were tried; one that fails keeps when it began to."""
+    """Return the checks after an attempt; a failing one keeps the time of its first failure."""
     known = dict(before.models)
     for model in tried:
         since = known[model].unread_since if model in known else None
@@ -119,7 +124,7 @@ def note_checks(
 
 
 def find_unread(checks: Checks) -> list[UnreadHistory]:
-    """Return the histories that could not be read when they were tried last."""
+    """Return the histories that could not be read in the last attempt."""
     return [
         UnreadHistory(model, check.unread_since, check.reason)
         for model, check in sorted(checks.models.items())

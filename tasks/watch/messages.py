@@ -1,7 +1,7 @@
-"""Messages about a model's life: one for each thing that happened, composed by pure rules.
+"""Messages about models, data and runs: one for each event or fault, composed by pure functions.
 
-Quiet are a champion that was kept, a run that was skipped or overtaken, batches that were accepted,
-and the runs that send the messages, whose failures the server itself reports.
+No message is sent for a champion that was kept, a run that was skipped or overtaken, batches that
+were accepted, or the runs that send the messages, whose failures the server itself reports.
 """
 
 import hashlib
@@ -32,44 +32,44 @@ WATCH_FLOW = "watch"
 """Name of the flow that sends the messages."""
 
 DROUGHT = timedelta(days=8)
-"""How long a data set may be without a training that ends well: a week, and a day of grace.
+"""Time that a data set may be without a successful training: a week, and a day of grace.
 
 Longer where its schedule is sparser.
 """
 
 _UNREAD = timedelta(days=1)
-"""How long a history may be unreadable: MLflow is away now and then."""
+"""Time that a history may be unreadable: MLflow is away now and then."""
 
 _RESUME_GRACE = timedelta(minutes=15)
-"""A crashed run is resumed before that, or nobody resumes it."""
+"""A crashed run is resumed within this time, or not at all."""
 _SCHEDULE_GRACE = timedelta(minutes=10)
-"""A schedule that was just made or changed has its runs before that."""
+"""A schedule that was just made or changed has its runs by then."""
 
 _REASON_LENGTH = 900
 _BODY_LENGTH = 1800
 """Discord refuses more than 2,000 characters."""
 _SHORT_LENGTH = 140
-"""Of a short form, a subject or a body: about what a text message holds."""
+"""Of the subject or body of a short form: about the length of a text message."""
 
 _LINKS = ("approval form", "Prefect run", "MLflow run", "registered version", "validation report")
-"""Links of a run's summary that a message carries, the most useful first."""
+"""Links of a run's summary that a message contains, the most useful first."""
 
 
 class Message(BaseModel, frozen=True):
-    """Something that people are told once."""
+    """A notification that is sent once."""
 
     key: str
-    """The same for the same fault or news, whenever it is looked at."""
+    """Identity of the event or fault: composed again later, the message has the same key."""
     subject: str
     body: str
     severity: Severity
     facts: dict[str, str]
-    """The same for programs: flat, without what is unknown."""
+    """The same for programs: flat, without unknown values."""
 
 
 @dataclass(frozen=True)
 class EndedRun:
-    """A flow run of ours in a state that is final, or that stays unless it is resumed."""
+    """A flow run of this project in a final state; a crashed one may still be resumed."""
 
     id: str
     name: str
@@ -83,25 +83,25 @@ class EndedRun:
     url: str
     dataset: str | None
     attempt: int = 1
-    """How often the run began: a person who repeats it wants to know how that ended."""
+    """Number of starts of the run: each repeat that a person starts has a message of its own."""
     summary: RunSummary | None = None
 
 
 @dataclass(frozen=True)
 class Training:
-    """How training on one data set goes."""
+    """The state of training on one data set."""
 
     dataset: str
     scheduled: bool
-    """An active schedule trains on it."""
+    """True if an active schedule trains on it."""
     since: datetime
-    """When it was first due, as far as is known."""
+    """Time at which a training was first due, as far as is known."""
     attempted: datetime | None
-    """When a run last began."""
+    """Start of the latest run."""
     succeeded: datetime | None
-    """When a run last ended well."""
+    """End of the latest successful run."""
     limit: timedelta = DROUGHT
-    """How long it may be without one."""
+    """Time that it may be without a successful run."""
 
 
 @dataclass(frozen=True)
@@ -112,12 +112,12 @@ class IdleSchedule:
     schedule: str
     changed: datetime
     last: datetime | None
-    """When its last run was due."""
+    """Time at which its last run was due."""
 
 
 @dataclass(frozen=True)
 class UnreadHistory:
-    """The history of a model that could not be read, and so not be verified."""
+    """A model's history that could not be read, and so not be verified."""
 
     model: str
     since: datetime
@@ -126,21 +126,21 @@ class UnreadHistory:
 
 @dataclass(frozen=True)
 class Situation:
-    """All that messages are composed from."""
+    """The events and faults from which messages are composed."""
 
     now: datetime
     runs: tuple[EndedRun, ...] = ()
     refused: tuple[Verdict, ...] = ()
-    """Verdicts on batches that were put aside and that nobody was told of."""
+    """Verdicts on quarantined batches for which no message was sent."""
     trainings: tuple[Training, ...] = ()
     idle: tuple[IdleSchedule, ...] = ()
     broken: Mapping[str, str] = field(default_factory=dict)
-    """What is wrong with the history of a registered model."""
+    """The problems of the histories that are broken, by registered model."""
     unread: tuple[UnreadHistory, ...] = ()
 
 
 def compose(situation: Situation) -> list[Message]:
-    """Return the messages that the situation calls for, sent before or not."""
+    """Return the messages for a situation, including those that were sent before."""
     now = situation.now
     messages = chain(
         (about_run(run, key) for run in situation.runs if (key := key_of(run, now))),
@@ -150,14 +150,15 @@ def compose(situation: Situation) -> list[Message]:
         (_about_history(model, problems) for model, problems in situation.broken.items()),
         _about_unread([each for each in situation.unread if now - each.since > _UNREAD], now),
     )
+    # Two runs may report the same broken history: one message of each key stays.
     return list({message.key: message for message in messages}.values())
 
 
 def key_of(run: EndedRun, now: datetime) -> str | None:
-    """Return the key of the message about a run; None if there is, or is yet, nothing to tell.
+    """Return the key of the message about a run; None if there is none, or none yet.
 
-    A run that crashed is resumed by watch/always, so that it is a fault only once that gave it up,
-    or did not come.
+    A crashed run is resumed by watch/always, so it is a fault only after that has given it up, or
+    if that does not run.
     """
     if run.flow == WATCH_FLOW:
         return None
@@ -165,20 +166,24 @@ def key_of(run: EndedRun, now: datetime) -> str | None:
         return f"{run.id}-{_plain(run.state)}" if run.state in NEWS else None
     if run.type == "CRASHED" and run.state != GIVEN_UP and now - run.since <= _RESUME_GRACE:
         return None
+    # The key of the daily check, so that one broken history makes one message.
     if run.state == "History broken":
         return _history_key(_model(run), run.reason)
     return f"{run.id}-failed-{run.attempt}" if run.type in {"FAILED", "CRASHED"} else None
 
 
 def about_run(run: EndedRun, key: str) -> Message:
-    """Compose the message about a run that is worth one, which `key_of` tells."""
-    model, summary = _model(run), run.summary
+    """Compose the message about a run for which `key_of` returns a key."""
+    model = _model(run)
+    summary = run.summary
     version = summary.version.rpartition("/")[2] if summary and summary.version else None
     if run.type == "COMPLETED":
-        kind, subject = _plain(run.state), f"{run.state}: {model}"
+        kind = _plain(run.state)
+        subject = f"{run.state}: {model}"
         subject += f" version {version}" if version else ""
     else:
-        kind, subject = "failed", f"{run.state}: {run.flow} of {run.dataset or run.name}"
+        kind = "failed"
+        subject = f"{run.state}: {run.flow} of {run.dataset or run.name}"
     reason = summary.reason if summary else run.reason
     return _message(
         key,
@@ -199,13 +204,14 @@ def about_run(run: EndedRun, key: str) -> Message:
 
 
 def _about_batches(refused: Iterable[Verdict]) -> Iterator[Message]:
-    """Compose one message for all batches of a data set that were put aside."""
+    """Compose one message for all quarantined batches of a data set."""
     of_dataset: dict[str, list[Verdict]] = {}
     for verdict in refused:
         of_dataset.setdefault(verdict.dataset, []).append(verdict)
     for dataset, verdicts in of_dataset.items():
         ordered = sorted(verdicts, key=lambda verdict: verdict.sequence)
         many = f"{len(ordered)} batches" if len(ordered) > 1 else f"batch {ordered[0].batch!r}"
+        # The reasons share the room for one; each keeps a readable beginning.
         each = max(80, _REASON_LENGTH // len(ordered))
         yield _message(
             key_of_batches(dataset, ordered[-1].sequence),
@@ -222,12 +228,12 @@ def _about_batches(refused: Iterable[Verdict]) -> Iterator[Message]:
 
 
 def key_of_batches(dataset: str, last: int) -> str:
-    """Return the key of the message about batches up to that place in the ledger."""
+    """Return the key of the message about batches up to position `last` of the ledger."""
     return f"quarantined-{dataset}-{last:06d}"
 
 
 def last_batches(keys: Iterable[str]) -> dict[str, int]:
-    """Return, for each data set, up to which place in its ledger people know what was put aside."""
+    """Return the last ledger position whose quarantine was reported, for each data set."""
     last: dict[str, int] = {}
     for key in keys:
         if found := re.fullmatch(r"quarantined-(.+)-(\d{6,})", key):
@@ -237,6 +243,7 @@ def last_batches(keys: Iterable[str]) -> dict[str, int]:
 
 def _lacks_training(training: Training, now: datetime) -> bool:
     recent = training.attempted is not None and now - training.attempted < DROUGHT
+    # Without a schedule, a run of the last days shows that somebody still trains on the data set.
     wanted = training.scheduled or recent
     return wanted and now - (training.succeeded or training.since) > training.limit
 
@@ -250,7 +257,7 @@ def _about_drought(training: Training, now: datetime) -> Message:
     )
     began = f"{training.attempted:%Y-%m-%d %H:%M} UTC" if training.attempted else "never"
     return _message(
-        # Once for each eight days, or what else is its limit, that it goes on.
+        # Once for each limit, by default eight days, that it lasts.
         f"not-trained-{training.dataset}-{since:%Y-%m-%d}-{times:.0f}",
         f"Not trained for {days} days: {training.dataset}",
         [
@@ -288,7 +295,7 @@ def _about_history(model: str, problems: str) -> Message:
 
 
 def _about_unread(unread: list[UnreadHistory], now: datetime) -> Iterator[Message]:
-    """Compose one message for all histories that cannot be read: mostly MLflow is away."""
+    """Compose one message for all unreadable histories, since as a rule MLflow is away."""
     if unread:
         since = min(each.since for each in unread)
         days = max(1, (now - since).days)
@@ -305,7 +312,7 @@ def _about_unread(unread: list[UnreadHistory], now: datetime) -> Iterator[Messag
 
 
 def shorten(message: Message) -> Message:
-    """Return the subject and one link: what a recipient takes that refuses long messages."""
+    """Return a message of the subject and one link, for a recipient that refuses long ones."""
     links = {name: value for name, value in message.facts.items() if name.startswith("link_")}
     link = links.get("link_prefect_run") or next(iter(links.values()), None)
     kept = ("kind", "dataset", "model", "model_version", "run")
@@ -331,9 +338,10 @@ def _message(
     facts: Mapping[str, str | None],
     links: Mapping[str, str] | None = None,
 ) -> Message:
-    """Put a message together; links that do not fit are left out, the least useful first.
+    """Build a message; a link that does not fit is left out, and the most useful have priority.
 
-    Errors are quoted in it, and those of other people's libraries may quote an address.
+    It quotes errors, and those of libraries may quote an address with credentials: these are
+    removed.
     """
     body = without_credentials("\n".join(paragraphs))
     known = {name: links[name] for name in _LINKS if name in links} if links else {}
@@ -351,7 +359,7 @@ def _model(run: EndedRun) -> str | None:
 
 
 def _plain(name: str, between: str = "-") -> str:
-    """Return a name of small letters, digits and one other character."""
+    """Return a name in lower-case letters, digits and the separator `between`."""
     return re.sub(r"[^a-z0-9]+", between, name.lower()).strip(between)
 
 

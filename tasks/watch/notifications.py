@@ -1,14 +1,15 @@
 """Send messages through the notification blocks that are saved on the Prefect server.
 
-Every block whose name is `retraining` or begins with `retraining-`, and that can notify, is used:
-those of `make notify`, and those that a person makes in the UI under Blocks (Slack Webhook,
-Microsoft Teams Webhook, Discord Webhook, Mattermost, PagerDuty, Opsgenie, Twilio, Sendgrid …).
+Every block that can notify and is called `retraining` or `retraining-…` is used: those of
+`make notify`, and those that a person makes in the UI under Blocks (Slack Webhook, Microsoft Teams
+Webhook, Discord Webhook, Mattermost, PagerDuty, Opsgenie, Twilio, Sendgrid …).
 
-    STORE/messages/KEY.json     a message, which blocks took it, and which still have to
-    STORE/watch/last-look.json  when people were last told of all that had happened
+    STORE/messages/KEY.json     a message, the blocks that took it, and those that still have to
+    STORE/watch/last-look.json  the time up to which all events were reported
 
-An address is as good as a password. None is ever logged, recorded or put into an error: why a block
-failed is said in words of ours, never in those of a library, which quote addresses.
+The address of a block is as secret as a password. None is ever logged, recorded or put into an
+error: the reason for a failure is in our own words, never in those of a library, which may quote
+addresses.
 """
 
 import asyncio
@@ -46,47 +47,48 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import BlockDocument
 
 NAME = "retraining"
-"""What the names of the blocks begin with."""
+"""Beginning of the names of the blocks."""
 
 TIME_LIMIT = 20.0
-"""Seconds that a block has for one message: more than Apprise waits for a connection, 4, and for an
-answer, 12 at most (deployments/notify.py), or what a slow one takes would count as not taken."""
+"""Seconds that a block has for one message. More than Apprise waits for a connection, 4, and for an
+answer, 12 at most (deployments/notify.py): otherwise a message that a slow block takes would count
+as not taken."""
 
 FOLDER = "messages/"
 _LAST_LOOK = "watch/last-look.json"
 
 _LOOK_BACK = timedelta(hours=48)
-"""How far back each look goes at least; the first one goes no further."""
+"""Time that each pass looks back at least; the first pass looks back no further."""
 _OVERLAP = timedelta(hours=1)
-"""A fault may be told a quarter of an hour after it was seen first."""
+"""A fault may be reported a quarter of an hour after it was first seen."""
 _PAGE = 200
 _QUOTED_BY_SERVER = "Custom Webhook"
-"""Prefect's own webhook raises an error that quotes the address, and the server logs it."""
+"""Type of Prefect's own webhook, which raises an error with the address, and the server logs it."""
 _QUOTING = ("apprise", "httpx", "httpcore", "urllib3")
 """Loggers of libraries that may quote addresses."""
 
 _BUSY = (408, 425, 429, 502, 503, 504)
-"""Statuses that say nothing against the message."""
+"""HTTP statuses that do not mean that the message was refused."""
 _DEBUG = ContextVar[list[str] | None]("debug", default=None)
-"""What Apprise notes below WARNING while a message is sent; only there it tells one error of the
-connection from another. It quotes addresses, so that no handler ever gets it."""
+"""Log lines of Apprise below WARNING while a message is sent: only they distinguish the errors of a
+connection. They quote addresses, so no handler ever gets them."""
 
 
 @dataclass(frozen=True)
 class Recipient:
-    """A saved block: where to send messages."""
+    """A saved block that messages are sent to."""
 
     name: str
-    """As Prefect addresses it, `TYPE/NAME`: blocks of two types may have one name."""
+    """`TYPE/NAME`, as Prefect loads it: blocks of two types may have one name."""
     id: UUID
     kind: str
-    """What Prefect calls its type."""
+    """Prefect's name of its type."""
     created: datetime
     load: Callable[[], NotificationBlock]
 
 
 class LastLook(BaseModel, frozen=True):
-    """When people were last told of all that had happened until then."""
+    """The time of the last pass, which reported all events until then."""
 
     format: int = 1
     looked: datetime
@@ -126,19 +128,22 @@ def _recipient(document: "BlockDocument") -> Recipient:
 def send(
     recipients: Iterable[Recipient], message: Message, limit: float = TIME_LIMIT
 ) -> dict[str, Failure | None]:
-    """Send a message to all recipients at once; return for each why it failed, None if it did not.
+    """Send a message to all recipients at once; return the failure of each, None for a success.
 
-    Each has a thread of its own that is left behind if it does not end in time: nothing that a
-    recipient does can hold the caller up for longer than `limit` seconds.
+    Each has a thread of its own, which is abandoned if it does not end in time: no recipient can
+    block the caller for longer than `limit` seconds.
     """
+    # These libraries log addresses, so their records reach no handler of the process.
     for name in _QUOTING:
         logging.getLogger(name).propagate = False
         logging.getLogger(name).addHandler(logging.NullHandler())
+    # Apprise reports the kind of a failure only in its log, so that is read, see `_keep_debug`.
     logging.getLogger("apprise").setLevel(logging.DEBUG)
     logging.getLogger("apprise").addFilter(_keep_debug)
     results: dict[str, Failure | None] = {}
     threads: dict[str, threading.Thread] = {}
     for recipient in recipients:
+        # A copy of the context for each thread: `_DEBUG` then has a list for each message.
         work = partial(copy_context().run, _attempt, recipient, message, results)
         threads[recipient.name] = threading.Thread(target=work, daemon=True)
         threads[recipient.name].start()
@@ -150,31 +155,31 @@ def send(
 
 
 def _keep_debug(record: logging.LogRecord) -> bool:
-    """Let warnings pass; note the rest for whoever sends in this context."""
+    """Filter out records below WARNING, and keep them for the thread that sends in this context."""
     if record.levelno >= logging.WARNING:
         return True
-    if (noted := _DEBUG.get()) is not None:
-        noted.append(record.getMessage())
+    if (debug := _DEBUG.get()) is not None:
+        debug.append(record.getMessage())
     return False
 
 
 def _attempt(recipient: Recipient, message: Message, results: dict[str, Failure | None]) -> None:
-    noted = list[str]()
-    _DEBUG.set(noted)
+    debug = list[str]()
+    _DEBUG.set(debug)
     try:
         block = _with_facts(recipient.load(), message)
         with block.raise_on_failure():
             sent: object = block.notify(subject=message.subject, body=message.body)
-            if isinstance(sent, Coroutine):  # of a block that only knows how to in a loop
+            if isinstance(sent, Coroutine):  # a block whose `notify` is only asynchronous
                 asyncio.run(sent)
     except Exception as error:  # noqa: BLE001 - a block of any kind raises anything
-        results[recipient.name] = classify(error, "\n".join(noted))
+        results[recipient.name] = classify(error, "\n".join(debug))
     else:
         results[recipient.name] = None
 
 
 def _with_facts(block: NotificationBlock, message: Message) -> NotificationBlock:
-    """Add the facts to what a JSON webhook gets: Apprise sends them as fields of their own."""
+    """Add the facts to the query of a JSON webhook: Apprise sends them as fields of their own."""
     url = getattr(block, "url", None)
     address = url.get_secret_value() if isinstance(url, SecretStr) else ""
     if address.startswith(("json://", "jsons://")):
@@ -187,14 +192,14 @@ def _with_facts(block: NotificationBlock, message: Message) -> NotificationBlock
 
 
 def apprise_query(pairs: Iterable[tuple[str, str]]) -> str:
-    """Return a query that Apprise's JSON plugin reads as it was meant; it decodes values twice."""
+    """Return a query for Apprise's JSON plugin, which decodes each value twice."""
     return urlencode(
         [(name, value.replace("%", "%25")) for name, value in pairs], safe=":", quote_via=quote
     )
 
 
 def classify(error: Exception, debug: str = "") -> Failure:
-    """Say how and why a block failed without a word of the library's; `debug` is Apprise's log."""
+    """Return the failure behind an error, in our own words; `debug` is Apprise's debug log."""
     if isinstance(error, httpx.HTTPStatusError):
         return _answered(error.response.status_code)
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
@@ -207,7 +212,7 @@ def classify(error: Exception, debug: str = "") -> Failure:
 
 
 def _classify_log(log: str, debug: str) -> Failure:
-    # What a mail server answers Apprise calls an error of the connection too: (552, b'too long').
+    # Apprise also logs the answer of a mail server as a connection error: (552, b'too long').
     if status := re.search(r"error=(\d{3})\b", log) or re.search(r"\((5\d\d), b['\"]", debug):
         return _answered(int(status[1]))
     if re.search("Read timed out|Connection aborted|Connection unexpectedly closed", debug):
@@ -222,11 +227,11 @@ def _answered(status: int) -> Failure:
 
 
 class Outbox:
-    """Messages on their way: each is sent once to each recipient, and again to those that failed.
+    """Messages to recipients: each is sent once to each of them, and again to those that failed.
 
     Every message is recorded, taken or not. A recipient that is late or cannot be reached gets no
     other message in this pass, so that a hanging one costs one time limit a pass, however many
-    messages there are; one that refuses a message gets the others.
+    messages there are. One that refuses a message gets the others.
     """
 
     def __init__(self, recipients: Sequence[Recipient], store: Store, now: datetime) -> None:
@@ -243,22 +248,25 @@ class Outbox:
         return {name.removeprefix(FOLDER).removesuffix(".json") for name in self._entries}
 
     def retry(self, since: datetime) -> None:
-        """Send what recipients owe from earlier passes; `since` is the time of the last one.
+        """Send the messages that are owed from earlier passes; `since` is the time of the last one.
 
-        What nobody took is for everybody, also for a recipient that was added for that reason.
+        A message that no block took goes to all of them, also to one that was added since.
         """
         for entry in self._entries.values():
+            # No delivery is retried for longer than that, so older messages are not read.
             if entry.modified > since - KEPT:
                 delivery = Delivery.model_validate_json(self._store.get(entry.name))
                 if not delivery.taken:
+                    # A dict keeps the order and drops duplicates.
                     everybody = dict.fromkeys([*delivery.owed, *self._recipients])
                     owed = [name for name in everybody if name not in delivery.given_up]
                     delivery = delivery.model_copy(update={"owed": owed})
                 self._deliver(delivery)
 
     def send(self, messages: Iterable[Message]) -> list[Message]:
-        """Send the messages that were not sent before; return those that somebody took."""
-        known, everybody = self.keys, list(self._recipients)
+        """Send the messages that were not sent before; return those that a recipient took."""
+        known = self.keys
+        everybody = list(self._recipients)
         return [
             message
             for message in messages
@@ -269,12 +277,13 @@ class Outbox:
         ]
 
     def _deliver(self, before: Delivery, *, new: bool = False) -> bool:
-        """Send to those whose turn it is, and record it; return whether one of them took it."""
+        """Send to the blocks that are due and record the results; return True if one took it."""
         names = [
             name
             for name in before.due(self._now)
             if name in self._recipients and name not in self._blocked
         ]
+        # A new message is recorded even if no block can be tried in this pass.
         if not names and not new:
             return False
         results = self._send(before, names)
@@ -305,13 +314,14 @@ class Outbox:
 
 @step
 def notify_people(store: str) -> list[str]:
-    """Send what happened and what is wrong to every recipient; return the subjects sent.
+    """Send new messages about events and faults to every recipient; return the subjects sent.
 
-    A recipient that fails is logged and tried again at a later look; it fails nothing.
+    The failure of a recipient is logged, and the message retried in a later pass; the task goes on.
     """
-    place = Store(store)
+    s3 = Store(store)
     with get_client(sync_client=True) as prefect:
-        now, recipients = server_time(prefect), find_recipients(prefect)
+        now = server_time(prefect)
+        recipients = find_recipients(prefect)
         if not recipients:
             get_run_logger().info(
                 "nobody is told of anything: no notification block is called %s; `make notify` "
@@ -320,17 +330,19 @@ def notify_people(store: str) -> list[str]:
             )
             return []
         keep_rules(prefect, known_to_server(recipients))
-        last, outbox = read_last_look(place), Outbox(recipients, place, now)
+        last = read_last_look(s3)
+        outbox = Outbox(recipients, s3, now)
         first = min(recipient.created for recipient in recipients)
-        situation = look(prefect, place, begin(now, last, first), outbox.keys, now)
+        situation = look(prefect, s3, begin(now, last, first), outbox.keys, now)
     outbox.retry(min(now, last or now))
     sent = outbox.send(compose(situation))
-    place.put(_LAST_LOOK, LastLook(looked=now).model_dump_json().encode())
+    # Last: a task that dies before it looks back to the same time again.
+    s3.put(_LAST_LOOK, LastLook(looked=now).model_dump_json().encode())
     return [message.subject for message in sent]
 
 
 def read_last_look(store: Store) -> datetime | None:
-    """Return when people were last told of all that had happened; None if they never were."""
+    """Return the time of the last pass; None if there was none."""
     try:
         return LastLook.model_validate_json(store.get(_LAST_LOOK)).looked
     except FileNotFoundError:
@@ -338,17 +350,17 @@ def read_last_look(store: Store) -> datetime | None:
 
 
 def begin(now: datetime, last: datetime | None, first: datetime) -> datetime:
-    """Return from when on runs are told of: the last look, and 48 hours at least.
+    """Return the time from which on runs are reported: the last pass, but 48 hours ago at least.
 
-    Not before the `first` block was made, so that the first look at a system with a long past sends
-    no flood.
+    Never before the `first` block was made: the first pass over a system with a long past must not
+    send a flood of messages.
     """
     since = now - _LOOK_BACK
     return max(min(since, last - _OVERLAP) if last else since, first)
 
 
 def known_to_server(recipients: Iterable[Recipient]) -> list[UUID]:
-    """Return the blocks that the server itself may use, without those that it would quote."""
+    """Return the ids of the blocks that the server may use: those whose address it does not log."""
     return [each.id for each in recipients if each.kind != _QUOTED_BY_SERVER]
 
 

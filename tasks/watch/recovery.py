@@ -1,8 +1,9 @@
-"""Bring back the runs that died: the same flow run goes on, at most three times.
+"""Resume the runs that died: the same flow run continues, at most three times.
 
-Prefect retries what raises, within its process. A process that was killed, a worker or a machine
-that went away raises nothing: the worker or the missing heartbeat calls the run Crashed, and there
-it stays. Here such a run is made due again; what it had done lies in S3 and MLflow.
+Prefect retries a run that raises, within its process. If the process is killed, or the worker or
+the machine goes away, nothing is raised: the worker or the missing heartbeat sets the run to
+Crashed, and there it stays. Here such a run is scheduled again; its finished work lies in S3 and
+MLflow.
 """
 
 import time
@@ -37,24 +38,28 @@ from tasks.services.lock import exclusive
 from tasks.services.step import step
 
 RESUMES = 3
-"""How often a run is resumed after a death."""
+"""Number of times that a run is resumed after a death."""
 
 _RESUMED = "Resumed after"
+"""Beginning of the message of the state that resumes a run; its resumes are counted by it."""
 _PENDING = timedelta(minutes=10)
 _SETTLED = timedelta(seconds=12)
-"""A death is reported more than once, by engine and worker; a report must not meet the resume. And
-an attempt that lives, which looks every four seconds, has contradicted it by then."""
+"""A death is reported more than once, by engine and worker; no report may come after the resume.
+And an attempt that is alive, which polls every four seconds, has contradicted the report by then.
+"""
 _LAST_WORD = timedelta(minutes=1)
+"""A task run may report its own end up to a minute after that of its flow run. A resume is dated as
+far back, so that it is due at once."""
 _MOST_SECONDS = 120.0
 _FRESH = timedelta(days=1)
-"""An older death is a person's business: the next run of the schedule did its work."""
+"""An older death is left to people: the next run of the schedule did its work."""
 
 Act = Literal["nothing", "wait", "resume", "give up", "cancel", "crash"]
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """Something to do about a run."""
+    """An action on a run, with its reason."""
 
     run: FlowRun
     act: Act
@@ -62,7 +67,7 @@ class Remedy:
 
 
 def judge_run(run: FlowRun, past: Sequence[State], now: datetime) -> Remedy:
-    """Decide about a run of a deployment; `past` are all its states, in any order."""
+    """Return the remedy for a run of a deployment; `past` are all its states, in any order."""
     state = run.state
     if state is None or run.deployment_id is None:
         return Remedy(run, "nothing", "")
@@ -75,6 +80,7 @@ def judge_run(run: FlowRun, past: Sequence[State], now: datetime) -> Remedy:
 
 
 def _judge_death(run: FlowRun, state: State, past: Sequence[State], *, settled: bool) -> Remedy:
+    # A worker that cancels a run kills its process, which may be reported as a crash.
     if any(earlier.is_cancelling() for earlier in since_running(past)):
         return Remedy(run, "cancel", "It was cancelled, and its process ended for that.")
     if not settled:
@@ -89,9 +95,9 @@ def _judge_death(run: FlowRun, state: State, past: Sequence[State], *, settled: 
 
 @step
 def recover_runs() -> list[str]:
-    """Resume what crashed, end what never started; return a sentence for each run.
+    """Resume crashed runs and end those that never started; return a sentence for each run.
 
-    Deaths that are not settled yet are waited for, at most for two minutes: the next look is five
+    It waits, two minutes at most, for deaths that are not settled yet: the next pass is five
     minutes away.
     """
     done = list[Remedy]()
@@ -113,17 +119,18 @@ def recover_runs() -> list[str]:
 
 
 def _act(prefect: SyncPrefectClient) -> list[Remedy]:
-    """Judge again and apply the remedies, one watch at a time; every death starts several."""
+    """Judge again and apply the remedies under a lock: every death starts several watches."""
     with exclusive("runs", "recover"):
         remedies = [r for r in _judge_all(prefect) if r.act not in {"nothing", "wait"}]
         for remedy in remedies:
-            with suppress(ObjectNotFound):  # somebody deleted the run since
+            with suppress(ObjectNotFound):  # the run was deleted since
                 _apply(prefect, remedy)
     return remedies
 
 
 def _judge_all(prefect: SyncPrefectClient) -> list[Remedy]:
-    """Judge the runs of ours that may be ill, the newest 200 of them."""
+    """Judge our runs that are Crashed or Pending, the newest 200 of them."""
+    # 200 is the server's default for the length of one answer.
     now = server_time(prefect)
     types = FlowRunFilterStateType(any_=[StateType.CRASHED, StateType.PENDING])
     ours = FlowRunFilter(tags=FlowRunFilterTags(all_=[TAG]), state=FlowRunFilterState(type=types))
@@ -137,7 +144,7 @@ def _judge_all(prefect: SyncPrefectClient) -> list[Remedy]:
 
 def _apply(prefect: SyncPrefectClient, remedy: Remedy) -> None:
     states: dict[Act, State] = {
-        # By the server's clock: by that of a machine which is ahead it would be due tomorrow.
+        # By the server's clock: by that of a machine that is ahead it would be due tomorrow.
         "resume": AwaitingRetry(
             scheduled_time=server_time(prefect) - _LAST_WORD, message=remedy.why
         ),
@@ -145,6 +152,7 @@ def _apply(prefect: SyncPrefectClient, remedy: Remedy) -> None:
         "cancel": Cancelled(message=remedy.why),
         "crash": Crashed(message=remedy.why),
     }
+    # A remedy is for one state: a run that has changed its state since is left alone.
     present = prefect.read_flow_run(remedy.run.id).state
     if (
         remedy.act in states
@@ -156,9 +164,9 @@ def _apply(prefect: SyncPrefectClient, remedy: Remedy) -> None:
 
 
 def _end_left_behind(prefect: SyncPrefectClient) -> None:
-    """Call crashed what the runs that have ended for good left behind, as when a time limit struck.
+    """Set to Crashed the task runs that ended runs left unfinished, as when a time limit struck.
 
-    A minute later, because a task's own last word may come after its flow's.
+    A minute later, because a task run may report its own end after that of its flow run.
     """
     over = [StateType.COMPLETED, StateType.FAILED, StateType.CANCELLED]
     ended = FlowRunFilter(
@@ -170,13 +178,13 @@ def _end_left_behind(prefect: SyncPrefectClient) -> None:
 
 
 def _end_task_runs(prefect: SyncPrefectClient, runs: FlowRunFilter) -> None:
-    """Call crashed the task runs that died with their process.
+    """Set the task runs that died with their process to Crashed.
 
-    Nobody else does, and the UI would show them as running for ever. What goes on has its own.
+    Nothing else does, and the UI would show them as running for ever. A resumed run makes new ones.
     """
     types = TaskRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])
     going = TaskRunFilter(state=TaskRunFilterState(type=types))
     for task_run in prefect.read_task_runs(flow_run_filter=runs, task_run_filter=going):
         crashed: State = Crashed(message="Its process died.")
-        with suppress(ObjectNotFound):  # somebody deleted it since
+        with suppress(ObjectNotFound):  # it was deleted since
             prefect.set_task_run_state(task_run.id, crashed, force=True)

@@ -1,8 +1,8 @@
-"""Keep the schedules of single data sets about their data sets.
+"""Restore the schedules of single data sets that have lost their parameter.
 
-Prefect's server empties the parameters of a schedule that is switched on or off without them, which
-is how its UI switches: the week of a data set of one's own would then train on the default one. The
-slug of such a schedule is the data set's name, and stays.
+Prefect's server empties the parameters of a schedule that is switched on or off without them, as
+its UI does it: the weekly run of a user's own data set would then train on the default one. The
+slug of such a schedule is the name of its data set, and stays.
 """
 
 from collections.abc import Iterator
@@ -20,10 +20,10 @@ from tasks.services.step import step
 
 @step
 def restore_schedules(store: str) -> list[str]:
-    """Name the data set again in each schedule that lost it; return a sentence for each."""
+    """Set the data set again in each schedule that has lost it; return a sentence for each."""
     with get_client(sync_client=True) as prefect:
         done = []
-        for deployment, schedule in _forgetful(prefect, Store(store)):
+        for deployment, schedule in _find_emptied(prefect, Store(store)):
             prefect.update_deployment_schedule(
                 deployment.id, schedule.id, parameters={"dataset": schedule.slug}
             )
@@ -36,16 +36,17 @@ def restore_schedules(store: str) -> list[str]:
     return done
 
 
-def _forgetful(
+def _find_emptied(
     prefect: SyncPrefectClient, store: Store
 ) -> Iterator[tuple[DeploymentResponse, DeploymentSchedule]]:
-    """Yield the schedules of training without a parameter that are named as a data set is."""
+    """Yield the training schedules without parameters whose slug is the name of a data set."""
     trainings = DeploymentFilter(tags=DeploymentFilterTags(all_=[TAG, "training"]))
     for deployment in prefect.read_deployments(deployment_filter=trainings):
         for schedule in deployment.schedules:
             if (
                 schedule.slug
                 and not schedule.parameters
+                # Every data set of the store has a base; any other slug does not name one.
                 and store.names(f"datasets/{schedule.slug}/base")
             ):
                 yield deployment, schedule

@@ -1,4 +1,4 @@
-"""Look at Prefect, the store and the registry: all that messages are composed from."""
+"""The situation that messages are composed from, read from Prefect and the store."""
 
 import asyncio
 import time
@@ -47,18 +47,18 @@ Parameters = dict[UUID | None, dict[str, object]]
 """Default parameters by deployment."""
 
 _PAGE = 200
-"""The most that the server returns at once."""
+"""The largest number of objects that the server returns at once."""
 _TRAININGS_SINCE = timedelta(days=30)
 _GRACE = timedelta(days=1)
 _GAPS_AHEAD = timedelta(days=400)
 _NEVER = timedelta(days=3 * 366)
-"""A schedule whose next date is further away counts as one that has ended."""
+"""A schedule whose next date is further away counts as ended."""
 _SCHEDULED_AHEAD = timedelta(days=90)
-"""The server makes the runs of a hundred days; a schedule may be due less often."""
+"""The server makes the runs of a hundred days; a schedule may have no date in them."""
 _SETTLE_SECONDS = 15.0
-"""What the server needs to make the runs of a schedule that was just switched on."""
+"""Time that the server needs to make the runs of a schedule that was just switched on."""
 _INGESTED = ["Batches accepted", "Batches quarantined"]
-"""States that tell where there are batches; what became of them stands in the ledger."""
+"""States that show which data sets have batches; the verdicts on them are in the ledger."""
 
 
 @dataclass(frozen=True)
@@ -71,18 +71,18 @@ class Subject:
 
 @dataclass(frozen=True)
 class Due:
-    """What the schedules of a data set promise."""
+    """The trainings that the schedules of a data set promise."""
 
     since: datetime
-    """When the first of them was made."""
+    """Time at which the first of the schedules was made."""
     limit: timedelta
-    """How long the data set may be without a training."""
+    """Time that the data set may be without a successful training."""
 
 
 def look(
     prefect: SyncPrefectClient, store: Store, since: datetime, sent: set[str], now: datetime
 ) -> Situation:
-    """Return what happened since a time, and how things are; `sent` are keys of messages."""
+    """Return the events since a time and the present faults; `sent` are keys of sent messages."""
     deployments = _read_deployments(prefect)
     runs = _read_ended(prefect, since)
     parameters: Parameters = {each.id: _defaults(each) for each in deployments}
@@ -91,10 +91,11 @@ def look(
     attempts = take_trainings(
         _read_trainings(prefect, now), parameters, due, since=now - _TRAININGS_SINCE
     )
+    # Data sets are found where schedules and recent runs name them, defaults included.
     subjects = {
         subject
         for given in [
-            *(known for each in deployments for known in _wishes(each)),
+            *(known for each in deployments for known in _scheduled_parameters(each)),
             *(parameters.get(run.deployment_id, {}) | run.parameters for run in [*runs, *attempts]),
         ]
         if (subject := _subject(given))
@@ -115,7 +116,7 @@ def look(
 
 
 def _pages(read: Callable[[int], Sequence[T]]) -> Iterator[T]:
-    """Yield what an answer holds, page by page as it is needed; `read` takes the offset."""
+    """Yield the objects of a query, page by page as they are needed; `read` takes the offset."""
     offset = 0
     while page := read(offset):
         yield from page
@@ -138,7 +139,7 @@ def _read_deployments(prefect: SyncPrefectClient) -> list[DeploymentResponse]:
 def _read_runs(
     prefect: SyncPrefectClient, flow: str | None = None, **criteria: object
 ) -> Iterator[FlowRun]:
-    """Yield the runs of ours that meet the criteria, the newest first."""
+    """Yield our runs that meet the criteria, the newest first."""
     wanted = FlowRunFilter.model_validate({"tags": FlowRunFilterTags(all_=[TAG]), **criteria})
     named = FlowFilter(name=FlowFilterName(any_=[flow])) if flow else None
     return _pages(
@@ -178,14 +179,14 @@ def _name_flows(
 
 
 def _defaults(deployment: DeploymentResponse) -> dict[str, object]:
-    """Return the parameters that a run of a deployment has if it is given none."""
+    """Return the parameters of a run that is started without any."""
     form = (deployment.parameter_openapi_schema or {}).get("properties", {})
     stated = {name: field["default"] for name, field in form.items() if "default" in field}
     return {**stated, **deployment.parameters}
 
 
-def _wishes(deployment: DeploymentResponse) -> Iterator[dict[str, object]]:
-    """Return the parameters of the runs that the active schedules of a deployment make."""
+def _scheduled_parameters(deployment: DeploymentResponse) -> Iterator[dict[str, object]]:
+    """Yield the parameters of the runs that the active schedules of a deployment make."""
     for schedule in _active(deployment):
         yield {**_defaults(deployment), **schedule.parameters}
 
@@ -196,7 +197,9 @@ def _active(deployment: DeploymentResponse) -> list[DeploymentSchedule]:
 
 
 def _subject(given: Mapping[str, object]) -> Subject | None:
-    dataset, store = given.get("dataset"), given.get("store")
+    dataset = given.get("dataset")
+    store = given.get("store")
+    # `auto` is resolved within a run, so it names no data set here.
     known = isinstance(dataset, str) and isinstance(store, str) and dataset != "auto"
     return Subject(str(dataset), str(store).rstrip("/")) if known else None
 
@@ -204,10 +207,12 @@ def _subject(given: Mapping[str, object]) -> Subject | None:
 def _ended(
     run: FlowRun, flow: str, defaults: Mapping[str, object]
 ) -> tuple[EndedRun, dict[str, object]]:
-    """Return a run as messages see it, and all its parameters."""
+    """Return a run in the form that messages use, and all its parameters."""
     assert run.state, f"run {run.id} has ended without a state"
     given = {**defaults, **run.parameters}
-    dataset, model = given.get("dataset"), given.get("model")
+    dataset = given.get("dataset")
+    model = given.get("model")
+    # The flows of promote have a model in place of a data set.
     if isinstance(model, str):
         dataset = model.removesuffix("-cnn")
     ended = EndedRun(
@@ -226,42 +231,46 @@ def _ended(
 
 
 def _with_summary(run: EndedRun, store: object) -> EndedRun:
-    """Add the summary that the run wrote, if it did."""
+    """Add the summary of a run, if it wrote one."""
     try:
         written = Store(str(store)).get(f"runs/{run.id}/summary.json")
     except (FileNotFoundError, StorageRefused, ValueError):
-        # It ended before it had one, or its store is none, or is gone: the state says enough.
+        # It ended before it wrote one, or its store is invalid or gone: the state is enough.
         return run
     return EndedRun(**{**vars(run), "summary": RunSummary.model_validate_json(written)})
 
 
 def _read_refused(
-    subjects: Iterable[Subject], home: str, since: datetime, told: Mapping[str, int]
+    subjects: Iterable[Subject], home: str, since: datetime, reported: Mapping[str, int]
 ) -> Iterator[Verdict]:
-    """Return the verdicts on batches that were put aside and that nobody was told of.
+    """Yield the verdicts on quarantined batches for which no message was sent.
 
-    Only of the store that keeps the messages: a place in the ledger of another one has no name.
+    Only those in `home`, the store of the messages: a message's key has a position in the ledger,
+    but no store. `reported` is the last position that was reported, for each data set.
     """
     for subject in sorted(subjects, key=lambda each: each.dataset):
         if subject.store != home:
             continue
-        store, folder = Store(subject.store), f"datasets/{subject.dataset}/ledger/"
+        store = Store(subject.store)
+        folder = f"datasets/{subject.dataset}/ledger/"
         for entry in store.entries(folder):
             if entry.name.endswith(".json") and entry.modified >= since:
                 verdict = Verdict.model_validate_json(store.get(entry.name))
-                if not verdict.accepted and verdict.sequence > told.get(subject.dataset, 0):
+                if not verdict.accepted and verdict.sequence > reported.get(subject.dataset, 0):
                     yield verdict
 
 
 def _find_due(
     deployments: Iterable[DeploymentResponse], flows: Mapping[UUID, str], now: datetime
 ) -> dict[str, Due]:
-    """Return what the active schedules of training promise for each data set."""
+    """Return the promise of the active training schedules for each data set."""
     due = dict[str, Due]()
     for deployment in deployments:
         for schedule in _active(deployment) if flows[deployment.flow_id] == "train" else []:
             dataset = str({**_defaults(deployment), **schedule.parameters}.get("dataset"))
-            made, limit = schedule.created or now, max(DROUGHT, longest_gap(schedule, now) + _GRACE)
+            made = schedule.created or now
+            limit = max(DROUGHT, longest_gap(schedule, now) + _GRACE)
+            # Of several schedules the strictest counts, from the time of the first one.
             other = due.get(dataset, Due(made, limit))
             due[dataset] = Due(min(made, other.since), min(limit, other.limit))
     return due
@@ -270,12 +279,14 @@ def _find_due(
 def take_trainings(
     runs: Iterable[FlowRun], parameters: Parameters, due: Mapping[str, Due], *, since: datetime
 ) -> list[FlowRun]:
-    """Take the runs since a time, and then back to where each data set was trained on well.
+    """Return the runs since a time, and older ones back to a successful one of each data set.
 
-    `runs` come newest first, and are read no further than that. Data sets count that are `due`, or
-    had a run since.
+    `runs` come newest first, and are read no further than that. The data sets are those that are
+    `due`, and those with a run since the time.
     """
-    taken, known, trained = list[FlowRun](), set(due), set[str]()
+    taken = list[FlowRun]()
+    known = set(due)
+    trained = set[str]()
     for run in runs:
         recent = (run.expected_start_time or since) >= since
         if not recent and known <= trained:
@@ -292,7 +303,7 @@ def take_trainings(
 def describe_trainings(
     attempts: Iterable[FlowRun], parameters: Parameters, due: Mapping[str, Due]
 ) -> Iterator[Training]:
-    """Return how training goes on each data set that has a schedule, or had runs lately."""
+    """Yield the state of training on each data set that has a schedule, or had runs lately."""
     of_dataset = {dataset: list[FlowRun]() for dataset in due}
     for run in attempts:
         of_dataset.setdefault(_dataset(run, parameters), []).append(run)
@@ -322,15 +333,15 @@ def _ended_well(run: FlowRun) -> bool:
 def _find_idle(
     prefect: SyncPrefectClient, flows: Mapping[UUID, str], now: datetime
 ) -> tuple[IdleSchedule, ...]:
-    """Return the active schedules without a run in the future, after a second look."""
-    idle = tuple(_look_for_idle(prefect, flows, now))
+    """Return the active schedules without a future run, confirmed by a second read."""
+    idle = tuple(_read_idle(prefect, flows, now))
     if idle:
         time.sleep(_SETTLE_SECONDS)
-        idle = tuple(_look_for_idle(prefect, flows, now))
+        idle = tuple(_read_idle(prefect, flows, now))
     return idle
 
 
-def _look_for_idle(
+def _read_idle(
     prefect: SyncPrefectClient, flows: Mapping[UUID, str], now: datetime
 ) -> Iterator[IdleSchedule]:
     ahead = _read_runs(
@@ -353,7 +364,7 @@ def _look_for_idle(
 
 
 def _is_due(schedule: DeploymentSchedule, now: datetime) -> bool:
-    """Tell whether a schedule has a date within the time for which the server makes runs."""
+    """Return True if a schedule has a date within the time for which the server makes runs."""
     return _next_date(schedule, now, now + _SCHEDULED_AHEAD) is not None
 
 
@@ -362,13 +373,14 @@ def longest_gap(schedule: DeploymentSchedule, now: datetime) -> timedelta:
 
     To within a day, where it has several dates on one day.
     """
-    longest, at = timedelta(), now
+    longest = timedelta()
+    at = now
     while at < now + _GAPS_AHEAD:
         following = _next_date(schedule, at, now + _NEVER)
         if following is None:
             break
         longest = max(longest, following - at)
-        # From a date on, itself excluded; where dates are dense, by days: a year may have 100,000.
+        # From right after that date, or by days: a dense schedule may have 100,000 dates a year.
         at = max(following + timedelta(microseconds=1), at + timedelta(days=1))
     return longest
 
@@ -376,7 +388,8 @@ def longest_gap(schedule: DeploymentSchedule, now: datetime) -> timedelta:
 def _next_date(schedule: DeploymentSchedule, start: datetime, end: datetime) -> datetime | None:
     from prefect.server.schemas import schedules
 
+    # Only the server's classes, which have the names of the client's, compute dates.
     kind = getattr(schedules, type(schedule.schedule).__name__)
     dates = kind.model_validate(schedule.schedule.model_dump()).get_dates(1, start=start, end=end)
-    # Prefect's own dates give no plain timedelta.
+    # Prefect's own dates do not subtract to a plain timedelta.
     return next((datetime.fromtimestamp(d.timestamp(), UTC) for d in asyncio.run(dates)), None)
