@@ -38,8 +38,16 @@ notify: $(STAMP) ## who is told: make notify URL=… adds an address, without UR
 # Two processes, each with servers of its own; a third takes the cores from them and is no faster.
 # With one thread each, because threads that wait for each other's core make training up to forty
 # times slower.
+PYTEST := -m pytest -n 2 --dist loadfile
+test test-fast coverage: export OMP_NUM_THREADS := 1
+
 test: $(STAMP) ## everything that the tests need, and the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+	$(BIN)/python $(PYTEST) $(TESTS)
+
+# At most a minute: no test that needs servers, trains for long or reads all of MNIST. The first 10 durations show
+# which test should be marked `slow`.
+test-fast: $(STAMP) ## the tests that need no server and little time
+	MNIST_MIRROR= $(BIN)/python $(PYTEST) -m "not servers and not slow" --durations=10 $(TESTS)
 
 up down status: $(STAMP) ## the local stack: start, stop, look; RESET=1 undoes what was edited in Prefect's UI
 	$(BIN)/python -m deployments.stack $@ $(call if-yes,RESET,--reset)

@@ -21,7 +21,9 @@ from deployments.watch import (
     trigger,
     watch,
 )
+from tasks import keys
 from tasks.records import RunSummary
+from tasks.services.markdown import percent
 from tasks.services.s3 import Store, default_store
 
 
@@ -53,7 +55,7 @@ def _print_summary(prefect: SyncPrefectClient, run: FlowRun) -> None:
             print(f"  {title(stage):<20} {stage.total_run_time.total_seconds():6.1f} s")
     print(f"  {'the whole run':<20} {run.total_run_time.total_seconds():6.1f} s\n")
     try:
-        content = Store(default_store()).get(f"runs/{run.id}/summary.json")
+        content = Store(default_store()).get(keys.record(run.id, "summary"))
     except FileNotFoundError:
         print("The run ended before it could report; its log says why:", url_for(run))
         return
@@ -73,7 +75,9 @@ def _print_summary(prefect: SyncPrefectClient, run: FlowRun) -> None:
 
 
 def _figure(version: str | None, accuracy: float | None) -> str:
-    return f"{version}, accuracy {accuracy:.2%}" if version and accuracy is not None else "none"
+    return (
+        f"{version}, accuracy {percent(accuracy)}" if version and accuracy is not None else "none"
+    )
 
 
 if __name__ == "__main__":

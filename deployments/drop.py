@@ -11,8 +11,8 @@ from pydantic import TypeAdapter
 
 from deployments.stack import StackError
 from deployments.watch import connect_to_prefect
+from tasks import keys
 from tasks.arrivals.batch_files import MARKER, BadBatch, check_names
-from tasks.datasets.ledger import incoming_folder
 from tasks.services.s3 import Store, default_store
 from tasks.snapshot import Dataset
 
@@ -49,12 +49,12 @@ def drop(dataset: str, batch: str, files: dict[str, bytes]) -> str:
     check_names({f"{batch}.parquet": 1})  # the rules for a file's name hold for the batch's as well
     check_names({name: len(content) for name, content in files.items()})
     store = Store(default_store())
-    folder = incoming_folder(dataset, batch)
+    folder = keys.incoming(dataset, batch)
     if store.names(folder):
         raise BadBatch(f"{store.address_of(folder)} holds files already: choose another name")
     # The marker comes last: ingest takes a batch for complete as soon as the marker is there.
     for name, content in [*files.items(), (MARKER, b"")]:
-        store.put(f"{folder}{name}", content)
+        store.put(keys.incoming(dataset, batch, name), content)
     return store.address_of(folder)
 
 

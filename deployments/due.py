@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
 
+from deployments.columns import columns
 from deployments.services import StackError
 
 TAG = "mnist-retraining"
@@ -62,12 +63,7 @@ def table(schedules: list[Due]) -> str:
     """Return the schedules as lines of text with equal columns, under a headline."""
     rows = [("deployment", "schedule", "data set", "next due")]
     rows += [(due.deployment, due.slug, due.dataset or "-", due.words()) for due in schedules]
-    # The last column is not padded, so that no line ends in spaces.
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join(
-        " ".join([*(f"{cell:{width}}" for cell, width in zip(row, widths, strict=False)), row[3]])
-        for row in rows
-    )
+    return columns(rows)
 
 
 def read_due(ask: Ask) -> list[Due]:

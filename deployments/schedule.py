@@ -22,14 +22,15 @@ from pydantic import TypeAdapter, ValidationError
 from deployments.due import dataset_of, table, wait_for_runs
 from deployments.services import PROJECT, StackError
 from deployments.watch import connect_to_prefect, errors_as_sentences
-from tasks.datasets.base import BASE_ARCHIVES
+from tasks import keys
+from tasks.datasets.base import missing_archives
+from tasks.datasets.catalog import AUTO, KNOWN
 from tasks.datasets.ledger import read_base
 from tasks.services.s3 import Store, default_store
 from tasks.snapshot import Dataset
 
 TRAINING = "train/weekly"
 _YEARS_AHEAD = timedelta(days=2 * 366)
-_FETCHED = ("mnist", "digits", "auto")  # they need no base: the first run downloads them
 
 
 def main() -> int:
@@ -97,15 +98,14 @@ def check_dataset(dataset: str) -> None:
         raise StackError(
             f"{dataset!r} is no name of a data set; expected small letters, digits and hyphens"
         ) from error
-    if dataset in _FETCHED:
+    if dataset == AUTO or dataset in KNOWN:  # the first run downloads it
         return
     try:
         store = Store(default_store())
-        folder = f"datasets/{dataset}/base/"
-        missing = [name for name in BASE_ARCHIVES if not store.has(folder + name)]
+        missing = missing_archives(dataset, store)
         if missing and read_base(store, dataset) is None:
             raise StackError(
-                f"there is no data set {dataset}: {store.address_of(folder)} lacks "
+                f"there is no data set {dataset}: {store.address_of(keys.archives(dataset))} lacks "
                 f"{', '.join(missing)}; upload its four archives first"
             )
     except OSError as error:  # StorageUnreachable and StorageRefused

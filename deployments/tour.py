@@ -14,6 +14,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
 from prefect.utilities.urls import url_for
 
+from deployments.columns import columns
 from deployments.drop import drop
 from deployments.stack import PROJECT, Stack, start
 from deployments.watch import connect_to_prefect, errors_as_sentences, print_verdict, trigger, watch
@@ -21,11 +22,14 @@ from mnist_cnn.digits import Digits
 from mnist_cnn.idx import write_idx
 from mnist_cnn.promotion import PromotionPolicy
 from mnist_cnn.sample import embedded_sample
+from tasks import keys
 from tasks.arrivals.batch_files import write_parquet
-from tasks.datasets.base import BASE_ARCHIVES, MirrorUnreachable, fetch_mnist
+from tasks.datasets.base import BASE_ARCHIVES
 from tasks.datasets.ledger import read_ledger
+from tasks.datasets.mirror import MirrorUnreachable, fetch_mnist
 from tasks.promote import find_champion
 from tasks.records import RunSummary
+from tasks.services.markdown import percent
 from tasks.services.s3 import Store, default_store
 
 SEED = 1
@@ -147,7 +151,7 @@ def begin(dataset: str, parts: Parts) -> None:
         for array in (split.images, split.labels.astype(np.uint8))
     ]
     for name, content in zip(BASE_ARCHIVES, contents, strict=True):
-        Store(default_store()).put(f"datasets/{dataset}/base/{name}", content)
+        Store(default_store()).put(keys.archives(dataset, name), content)
 
 
 def tell(
@@ -186,12 +190,7 @@ def tell(
 
 def table(rows: list[Row]) -> str:
     """Return the rows as lines of text in equal columns, under the names of the fields."""
-    lines = [tuple(Row.__annotations__), *(astuple(row) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+    return columns([tuple(Row.__annotations__), *(astuple(row) for row in rows)])
 
 
 def _conclude(name: str, run: FlowRun, links: dict[str, str]) -> RunSummary | None:
@@ -199,7 +198,7 @@ def _conclude(name: str, run: FlowRun, links: dict[str, str]) -> RunSummary | No
     print_verdict(run)
     links[f"{name}: run"] = url_for(run) or ""
     try:
-        content = Store(default_store()).get(f"runs/{run.id}/summary.json")
+        content = Store(default_store()).get(keys.record(run.id, "summary"))
     except FileNotFoundError:  # a rollback writes none, nor does a run that failed early
         return None
     summary = RunSummary.model_validate_json(content)
@@ -217,7 +216,7 @@ def _row(week: str, arrived: str, run: FlowRun, dataset: str, summary: RunSummar
         week=week,
         arrived=arrived,
         verdict=str(run.state.name),
-        accuracy=f"{measured:.2%}" if measured else "not trained",
+        accuracy=percent(measured) if measured else "not trained",
         champion=f"version {champion.version}" if champion else "none",
         seconds=f"{run.total_run_time.total_seconds():.0f}",
     )

@@ -11,17 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mnist_cnn.digits import CLASSES, SIDE
+from mnist_cnn.styles import measure_strokes
+
 if TYPE_CHECKING:
     import pandas as pd
-
-SIDE = 28
-"""Height and width of the images that the features are defined for, pixels."""
-
-CLASSES = 10
-"""Number of labels: the digits 0 to 9."""
-
-INK = 128
-"""Least brightness of a pixel that counts as ink."""
 
 _AXES = 3  # of a stack of grey images: (N, height, width)
 _CHUNK = 4096  # images measured at a time: 13 MB as float32, so that memory does not grow with N
@@ -110,25 +104,13 @@ def _measured(images: NDArray[np.uint8]) -> Features:
     maximum = flat.max(1, initial=0)  # (N,)
     middle = _middle(images)  # (N, 28, 28)
     pixels = middle.reshape(count, SIDE * SIDE).astype(np.float32)  # (N, 784)
-    # Moments, border, centre and blocks are all weighted sums over pixels: one matrix product with
-    # one column of weights each.
-    sums = pixels @ _PLACES  # (N, 784) @ (784, 56) -> (N, 56)
-    total, x, y, xy, yy, border, centre = sums[:, :7].T.astype(np.float64)  # each (N,)
-    mass = np.maximum(total, 1)  # (N,), never 0: a black image has its centre in the middle
-    mean_x = x / mass  # (N,)
-    mean_y = y / mass  # (N,)
-    spread = np.maximum(yy / mass - mean_y**2, 1e-3)  # (N,), 0 for ink in a single row
-    # Stroke length comes from the outline: the pixel edges between ink and background, counted as
-    # neighbours that differ, down the columns and along the rows.
-    ink = middle >= INK  # (N, 28, 28)
-    area = np.count_nonzero(ink, axis=(1, 2))  # (N,)
-    outline = np.count_nonzero(ink[:, 1:] ^ ink[:, :-1], axis=(1, 2))  # (N, 27, 28) -> (N,)
-    outline += np.count_nonzero(ink[:, :, 1:] ^ ink[:, :, :-1], axis=(1, 2))  # (N, 28, 27) -> (N,)
-    # A stroke's outline is twice its length. A diagonal outline crosses more pixel edges, by 4/pi
-    # on average over all directions.
-    length = outline * (np.pi / 8)  # (N,)
+    # Mean, border, centre and blocks are all weighted sums over pixels: one matrix product with one
+    # column of weights each.
+    sums = pixels @ _PLACES  # (N, 784) @ (784, 52) -> (N, 52)
+    total, border, centre = sums[:, :3].T.astype(np.float64)  # each (N,)
     mean = total / SIDE**2  # (N,)
     square = np.einsum("np,np->n", pixels, pixels, dtype=np.float64) / SIDE**2  # (N,)
+    strokes = measure_strokes(middle)
     return {
         "height": np.full(count, height),
         "width": np.full(count, width),
@@ -136,21 +118,19 @@ def _measured(images: NDArray[np.uint8]) -> Features:
         "maximum": maximum.astype(np.int64),
         "mean": mean,
         "contrast": np.sqrt(np.maximum(square - mean**2, 0)),
-        "ink": area / SIDE**2,
+        "ink": strokes.ink,
         "blank": maximum == 0,
         "constant": minimum >= maximum,
         "border": border / (4 * (SIDE - 1)),
         "centre_over_border": centre / (SIDE // 2) ** 2 - border / (4 * (SIDE - 1)),
-        "centre_x": mean_x + (SIDE - 1) / 2,
-        "centre_y": mean_y + (SIDE - 1) / 2,
-        # Shear is the covariance of x and y over the variance of y. Rows count downwards, so that
-        # a top that leans right has a negative covariance.
-        "slant": -(xy / mass - mean_x * mean_y) / spread,
-        "stroke_width": area / np.maximum(length, 0.5),
-        "stroke_length": length,
+        "centre_x": strokes.centre_x,
+        "centre_y": strokes.centre_y,
+        "slant": strokes.shear,
+        "stroke_width": strokes.width,
+        "stroke_length": strokes.length,
         "digest": _digests(images),
         "near_digest": _near_digests(middle),
-        "coarse": sums[:, 7:],
+        "coarse": sums[:, 3:],
     }
 
 
@@ -169,7 +149,7 @@ def _middle(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _places() -> NDArray[np.float32]:
-    """Return the weights (784, 7 + 49) of all sums over pixels: moments, ring, middle, blocks."""
+    """Return the weights (784, 3 + 49) of all sums over pixels: total, ring, middle, blocks."""
     y, x = np.mgrid[:SIDE, :SIDE] - (SIDE - 1) / 2  # (28, 28) each, 0 in the middle
     reach = np.maximum(abs(x), abs(y))  # (28, 28), 0.5 to 13.5: the square ring of each pixel
     # The number of the 4 x 4 block that a pixel belongs to, 0 to 48, row by row.
@@ -179,7 +159,7 @@ def _places() -> NDArray[np.float32]:
     blocks = [block == index for index in range(_GRID**2)]  # 49 of (28, 28)
     ring = reach > SIDE / 2 - 1  # (28, 28), the outermost pixels
     middle = reach < SIDE / 4  # (28, 28), the inner 14 x 14 pixels
-    weights = [np.ones_like(x), x, y, x * y, y * y, ring, middle, *blocks]  # 56 of (28, 28)
+    weights = [np.ones_like(x), ring, middle, *blocks]  # 52 of (28, 28)
     return np.stack([weight.ravel() for weight in weights], axis=1).astype(np.float32)
 
 

@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, model_validator
 
-from expectations.image_table import CLASSES
+from mnist_cnn.digits import CLASSES
+from mnist_cnn.record import Record
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,7 +51,7 @@ class FeatureProfile(BaseModel, frozen=True, extra="forbid"):
         return self.total / sum(self.counts)
 
 
-class ReferenceProfile(BaseModel, frozen=True, extra="forbid"):
+class ReferenceProfile(Record, extra="forbid"):
     """Histograms of accepted images by feature."""
 
     features: dict[str, FeatureProfile]

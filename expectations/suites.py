@@ -12,8 +12,9 @@ from great_expectations import ExpectationSuite
 from great_expectations import expectations as gxe
 from great_expectations.expectations.metadata_types import FailureSeverity
 
-from expectations.image_table import CLASSES, SIDE, TURNS
+from expectations.image_table import TURNS
 from expectations.reference import ANOTHER_POPULATION, WORTH_A_LOOK
+from mnist_cnn.digits import CLASSES, SIDE
 
 CRITICAL = FailureSeverity.CRITICAL
 WARNING = FailureSeverity.WARNING
@@ -101,13 +102,13 @@ def _each_image() -> list[gxe.Expectation]:
             column="height",
             value_set=[SIDE],
             severity=CRITICAL,
-            description="Every image is 28 pixels high.",
+            description=f"Every image is {SIDE} pixels high.",
         ),
         gxe.ExpectColumnValuesToBeInSet(
             column="width",
             value_set=[SIDE],
             severity=CRITICAL,
-            description="Every image is 28 pixels wide.",
+            description=f"Every image is {SIDE} pixels wide.",
         ),
         gxe.ExpectColumnValuesToBeBetween(
             column="label",

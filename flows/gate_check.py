@@ -4,7 +4,9 @@ from prefect import flow, runtime
 from prefect.client.schemas import State
 from prefect.states import Completed, Failed
 
-from mnist_cnn.promotion import POLICIES, PromotionPolicy
+from mnist_cnn.promotion import PromotionPolicy
+from tasks import keys
+from tasks.datasets.catalog import entry_of
 from tasks.gate_check.gates import (
     check_decisions,
     check_loading,
@@ -41,14 +43,14 @@ def check_gates(
 
     """
     # A prefix for each flow run: overlapping checks never remove each other's data.
-    scratch = f"{store}/gate-check/{runtime.flow_run.id}"
+    scratch = f"{store}/{keys.gate_check(runtime.flow_run.id)}"
     try:
         snapshot = copy_snapshot(take_snapshot(dataset, store), scratch)
         champion = find_champion(snapshot.model_name)
         if champion is None:
             sentence = f"{snapshot.model_name} has no champion to plant faults in: run train/weekly"
             return Failed(name="No champion", message=sentence)
-        policy = promotion or POLICIES.get(snapshot.dataset)
+        policy = promotion or entry_of(snapshot.dataset).policy
         results = [*check_decisions(champion, snapshot, policy), check_loading(champion)]
         for name, poisoned in poison(snapshot).items():
             results.append(judge_validation(name, validate_snapshot(poisoned)))

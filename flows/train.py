@@ -9,9 +9,10 @@ from pydantic import Field
 
 from flows.ingest import QuietMinutes, take_in
 from mnist_cnn.device import Device
-from mnist_cnn.promotion import POLICIES, PromotionPolicy
+from mnist_cnn.promotion import PromotionPolicy
 from mnist_cnn.training import TrainingConfig
 from tasks.cards.publish import publish_cards
+from tasks.datasets.catalog import entry_of
 from tasks.decide import decide_promotion
 from tasks.evaluate import evaluate_models
 from tasks.preflight import check_services
@@ -85,7 +86,7 @@ def train(
         summary = report_rejection(validated)
         return Failed(name=summary.verdict, message=summary.reason)
     snapshot = validated.snapshot
-    policy = promotion or POLICIES.get(snapshot.dataset)
+    policy = promotion or entry_of(snapshot.dataset).policy
     made_of = fingerprint(snapshot, training, policy, device, processes)
     champion = find_champion(snapshot.model_name)
     if not force and (repeat := find_repeat(champion, made_of)):

@@ -1,4 +1,4 @@
-"""IDX, the format of MNIST's archives: parsed and written."""
+"""IDX, the format of MNIST's archives: parse and write."""
 
 import math
 import struct
@@ -10,33 +10,32 @@ from numpy.typing import NDArray
 from mnist_cnn.digits import Digits
 
 _IDX_UBYTE = 0x08
-
-
 _MAX_IDX_BYTES = 1 << 31
-
-
-_MAX_IDX_HEADER = 4 + 4 * 255
+_MAGIC = 4
+"""Bytes before the sizes: two zeros, the type of the values, the number of dimensions."""
+_MAX_IDX_HEADER = _MAGIC + 4 * 255
+"""Bytes of a header with as many dimensions as one byte can count."""
 
 
 def parse_idx(content: bytes, name: str, limit: int = _MAX_IDX_BYTES) -> NDArray[np.uint8]:
-    """Return the uint8 array held by an IDX file, gzipped or not.
+    """Return the uint8 array of an IDX file, gzipped or not.
 
-    `name` appears in the ValueError that a truncated, corrupt or foreign file raises, or one that
-    promises more than `limit` bytes. Memory is taken for what the header promises and no more, so
-    that a bomb ends in a sentence. The format is described at http://yann.lecun.com/exdb/mnist/.
+    Raises ValueError, with `name` in it, for a file that is truncated, corrupt, in another format,
+    or longer than `limit` bytes by its header. No more memory is used than the header states, so
+    that a gzip bomb is refused as well. Source of the format: http://yann.lecun.com/exdb/mnist/.
     """
     gzipped = content[:2] == b"\x1f\x8b"
     head = _gunzip(content, name, _MAX_IDX_HEADER)[0] if gzipped else content[:_MAX_IDX_HEADER]
-    if len(head) < 4 or head[:2] != b"\x00\x00" or head[2] != _IDX_UBYTE:  # noqa: PLR2004
+    if len(head) < _MAGIC or head[:2] != b"\x00\x00" or head[2] != _IDX_UBYTE:
         raise ValueError(
             f"{name} starts with {head[:4].hex()!r}; expected the IDX magic '000008' and the "
             "number of dimensions: it is not an IDX file of unsigned bytes"
         )
     dimensions = head[3]
-    header = 4 + 4 * dimensions
+    header = _MAGIC + 4 * dimensions
     if len(head) < header:
         raise ValueError(f"{name} ends inside its header: {len(head)} of {header} bytes")
-    shape = struct.unpack(f">{dimensions}I", head[4:header])
+    shape = struct.unpack(f">{dimensions}I", head[_MAGIC:header])
     promised = math.prod(shape)
     if promised > limit:
         raise ValueError(
@@ -44,6 +43,7 @@ def parse_idx(content: bytes, name: str, limit: int = _MAX_IDX_BYTES) -> NDArray
         )
     ended = True
     if gzipped:
+        # One byte more than promised is enough to find a longer file.
         content, ended = _gunzip(content, name, header + promised + 1)
     held = len(content) - header
     if promised != held:
@@ -56,7 +56,7 @@ def parse_idx(content: bytes, name: str, limit: int = _MAX_IDX_BYTES) -> NDArray
 
 
 def _gunzip(content: bytes, name: str, most: int) -> tuple[bytes, bool]:
-    """Return what `content` unpacks to, at most `most` bytes, and whether that is all of it."""
+    """Return at most `most` decompressed bytes, and True if these are all of them."""
     inflate = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
     try:
         plain = inflate.decompress(content, most)
@@ -73,7 +73,7 @@ def _gunzip(content: bytes, name: str, most: int) -> tuple[bytes, bool]:
 
 
 def write_idx(array: NDArray[np.uint8]) -> bytes:
-    """Return the IDX file, not gzipped, that holds a uint8 array: what `parse_idx` reads."""
+    """Return an IDX file, not gzipped, of a uint8 array; the inverse of `parse_idx`."""
     if array.dtype != np.uint8:
         raise ValueError(f"the array is {array.dtype}; expected uint8")
     head = struct.pack(f">HBB{array.ndim}I", 0, _IDX_UBYTE, array.ndim, *array.shape)
@@ -81,6 +81,6 @@ def write_idx(array: NDArray[np.uint8]) -> bytes:
 
 
 def digits_from_idx(images: bytes, labels: bytes, name: str) -> Digits:
-    """Parse an IDX pair into `Digits`; ValueError names the file and what is wrong with it."""
+    """Parse an IDX pair into `Digits`; raise ValueError, with the file's name, if it is unfit."""
     pixels = parse_idx(images, f"{name}-images")
     return Digits(pixels, parse_idx(labels, f"{name}-labels").astype(np.int64))

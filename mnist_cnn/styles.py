@@ -1,5 +1,7 @@
 """The styles of handwriting, measured on each image: slant, stroke width, ink, aspect."""
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,16 +19,32 @@ STYLES = {
 """What is measured of every image, and its unit."""
 
 
-HALF = 128
-"""A pixel of half of full ink."""
+INK = 128
+"""Least brightness of a pixel that counts as ink."""
+
+
+@dataclass(frozen=True)
+class Strokes:
+    """The strokes of images, each float64 (N,) and finite, of a blank image too."""
+
+    ink: Floats
+    """Share of the pixels of `INK` and more."""
+    centre_x: Floats
+    """Centre of mass of all brightness, pixels from the left."""
+    centre_y: Floats
+    """Likewise, pixels from the top."""
+    shear: Floats
+    """Pixels to the right for each pixel upwards."""
+    width: Floats
+    """Pixels."""
+    length: Floats
+    """Pixels."""
 
 
 def measure_styles(images: NDArray[np.uint8], batch_size: int = 1000) -> dict[str, Floats]:
     """Return each statistic of `STYLES` for uint8 (N, 28, 28), as float64 (N,).
 
-    Slant comes from the second moments of the ink. Stroke width is twice the area over the
-    perimeter, which holds for any long stroke. Aspect is that of the box around the pixels of at
-    least half ink. An image without such a pixel has NaN for all but the ink.
+    Aspect is that of the box around the ink. An image without ink has NaN for all but the ink.
     """
     parts = [
         _styles_of(images[first : first + batch_size])
@@ -35,28 +53,60 @@ def measure_styles(images: NDArray[np.uint8], batch_size: int = 1000) -> dict[st
     return {style: np.concatenate([part[style] for part in parts]) for style in STYLES}
 
 
+def measure_strokes(images: NDArray[np.uint8]) -> Strokes:
+    """Measure the strokes of uint8 (N, 28, 28)."""
+    pixels = images.reshape(len(images), SIDE * SIDE).astype(np.float32)  # (N, 784)
+    # All moments are sums over pixels: one matrix product with a column of weights each.
+    total, x, y, xy, yy = (pixels @ _MOMENTS).T.astype(np.float64)  # each (N,)
+    mass = np.maximum(total, 1)  # (N,), never 0: a black image has its centre in the middle
+    mean_x = x / mass  # (N,)
+    mean_y = y / mass  # (N,)
+    spread = np.maximum(yy / mass - mean_y**2, 1e-3)  # (N,), 0 for ink in a single row
+    # Stroke length comes from the outline: the pixel edges between ink and background, counted as
+    # neighbours that differ, down the columns and along the rows.
+    ink = images >= INK  # (N, 28, 28)
+    area = np.count_nonzero(ink, axis=(1, 2))  # (N,)
+    outline = np.count_nonzero(ink[:, 1:] ^ ink[:, :-1], axis=(1, 2))  # (N, 27, 28) -> (N,)
+    outline += np.count_nonzero(ink[:, :, 1:] ^ ink[:, :, :-1], axis=(1, 2))  # (N, 28, 27) -> (N,)
+    # A stroke's outline is twice its length. A diagonal outline crosses more pixel edges, by 4/pi
+    # on average over all directions.
+    length = outline * (np.pi / 8)  # (N,)
+    return Strokes(
+        ink=area / SIDE**2,
+        centre_x=mean_x + (SIDE - 1) / 2,
+        centre_y=mean_y + (SIDE - 1) / 2,
+        # Shear is the covariance of x and y over the variance of y. Rows count downwards, so that
+        # a top that leans right has a negative covariance.
+        shear=-(xy / mass - mean_x * mean_y) / spread,
+        width=area / np.maximum(length, 0.5),
+        length=length,
+    )
+
+
+def _moments() -> NDArray[np.float32]:
+    """Return the weights (784, 5) of the sums over pixels: 1, x, y, xy, yy."""
+    y, x = np.mgrid[:SIDE, :SIDE] - (SIDE - 1) / 2  # (28, 28) each, 0 in the middle
+    weights = [np.ones_like(x), x, y, x * y, y * y]  # 5 of (28, 28)
+    return np.stack([weight.ravel() for weight in weights], axis=1).astype(np.float32)
+
+
+_MOMENTS = _moments()
+
+
 def _styles_of(images: NDArray[np.uint8]) -> dict[str, Floats]:
-    ink = images.astype(np.float32) / 255
-    area = ink.sum((1, 2), dtype=np.float64)
-    place = np.arange(SIDE, dtype=np.float32)
-    by_row, by_column = ink.sum(2), ink.sum(1)
-    inked = np.asarray(images >= HALF)
-    with np.errstate(divide="ignore", invalid="ignore"):  # blank images: 0/0 is NaN, as promised
-        row_mean, column_mean = by_row @ place / area, by_column @ place / area
-        row_spread = by_row @ place**2 / area - row_mean**2
-        together = np.einsum("nij,i,j->n", ink, place, place, optimize=True) / area
-        slope = -(together - row_mean * column_mean) / row_spread  # rows count downwards
-        down = np.diff(ink, axis=1, prepend=0, append=0)
-        across = np.diff(ink, axis=2, prepend=0, append=0)
-        # The length of the gradient, pixel by pixel, sums to the length of the outline.
-        perimeter = np.hypot(down[:, :SIDE], across[:, :, :SIDE])
-        stroke = 2 * area / perimeter.sum((1, 2), dtype=np.float64)
-        blank = ~inked.any((1, 2))
-        aspect = _extent(inked, 1) / _extent(inked, 2)
-    slant = np.degrees(np.arctan(slope))
-    for style in (slant, stroke, aspect):
-        style[blank] = np.nan
-    return {"slant": slant, "stroke width": stroke, "ink": area / SIDE**2, "aspect": aspect}
+    strokes = measure_strokes(images)
+    ink = np.asarray(images >= INK)  # (N, 28, 28)
+    styles = {
+        "slant": np.degrees(np.arctan(strokes.shear)),
+        "stroke width": strokes.width,
+        "ink": strokes.ink,
+        "aspect": _extent(ink, 1) / _extent(ink, 2),
+    }
+    blank = strokes.ink == 0  # (N,)
+    return {
+        style: values if style == "ink" else np.where(blank, np.nan, values)
+        for style, values in styles.items()
+    }
 
 
 def _extent(inked: NDArray[np.bool_], axis: int) -> Floats:

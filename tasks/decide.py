@@ -9,10 +9,19 @@ from prefect import get_run_logger, runtime
 from mnist_cnn.digits import Digits
 from mnist_cnn.evaluation import Evaluation
 from mnist_cnn.promotion import Decision, PromotionPolicy, ReuseHistory, Scored, decide
+from mnist_cnn.record import Record
+from tasks import keys
 from tasks.datasets.snapshots import read_snapshot, read_split
 from tasks.records import ModelVersion, Snapshot
 from tasks.services.s3 import Store
 from tasks.services.step import step
+
+
+class _Decided(Record):
+    """An earlier decision, as far as a new one depends on it; its other fields may have changed."""
+
+    candidate: str
+    champion: str | None
 
 
 @step
@@ -32,15 +41,15 @@ def decide_promotion(
     store = Store(snapshot.store)
     test = read_split(snapshot, "test")
     test_split = test.digest()
-    folder = f"datasets/{snapshot.dataset}/decisions/{test_split}/"
-    earlier = store.names(folder)  # a name begins with the time, so these are in order
-    decided = [Decision.model_validate_json(store.get(name)) for name in earlier]
+    # A name begins with the time, so these are in order.
+    earlier = store.names(keys.decisions(snapshot.dataset, test_split))
+    decided = [_Decided.model_validate_json(store.get(name)) for name in earlier]
     against = champion[0].model if champion else None
     # A retry keeps its decision, which may have been carried out already. Once the champion is
     # another, the run decides anew.
     for name, made in zip(earlier, decided, strict=True):
         if name.endswith(f"{runtime.flow_run.id}.json") and made.champion == against:
-            return made, store.address_of(name)
+            return Decision.model_validate_json(store.get(name)), store.address_of(name)
     history = ReuseHistory(test_split, tuple(decision.candidate for decision in decided))
     ours = score(candidate, store, test, test_split, snapshot.until)
     theirs = None
@@ -49,8 +58,11 @@ def decide_promotion(
         measured, version = champion
         theirs = score(measured, store, test, test_split, _data_until(version, snapshot))
     decision = decide(ours, theirs, policy, history)
-    name = f"{folder}{datetime.now(UTC):%Y-%m-%dT%H-%M-%S.%f}-{runtime.flow_run.id}.json"
-    address = store.put(name, decision.model_dump_json(indent=1).encode())
+    name = f"{datetime.now(UTC):%Y-%m-%dT%H-%M-%S.%f}-{runtime.flow_run.id}.json"
+    address = store.put(
+        keys.decisions(snapshot.dataset, test_split, name),
+        decision.model_dump_json(indent=1).encode(),
+    )
     get_run_logger().info("%s: %s", decision.verdict, decision.reason)
     return decision, address
 

@@ -10,10 +10,11 @@ from prefect import get_run_logger, runtime
 from mnist_cnn.device import follow_quota
 from mnist_cnn.digits import Digits
 from mnist_cnn.evaluation import Evaluation
+from tasks import keys
 from tasks.datasets.snapshots import read_snapshot, read_split
 from tasks.records import ModelVersion, Snapshot
 from tasks.registry.models import ModelUnusable, load_model
-from tasks.registry.versions import registry_errors
+from tasks.services.mlflow import client, registry_errors
 from tasks.services.s3 import Store
 from tasks.services.step import step
 
@@ -49,7 +50,7 @@ def evaluate_models(models: Mapping[str, str], snapshot: Snapshot) -> dict[str, 
     store = Store(snapshot.store)
     pictures = _draw(evaluations, outcomes["candidate"], loaded["candidate"][0], test)
     for name, picture in pictures.items():
-        store.put(f"runs/{runtime.flow_run.id}/pictures/{name}.png", picture)
+        store.put(keys.picture(runtime.flow_run.id, name), picture)
     return evaluations
 
 
@@ -69,7 +70,6 @@ def evaluate_networks(
     from mnist_cnn.evaluation.shift import measure_shift
 
     logger = get_run_logger()
-    folder = f"runs/{runtime.flow_run.id}"
     train, test = splits
     networks = {role: network for role, (network, _) in loaded.items()}
     try:
@@ -85,19 +85,18 @@ def evaluate_networks(
     evaluations = {}
     for role, outcomes in measured.items():
         network, file_bytes = loaded[role]
-        name = f"{folder}/{role}-outcomes.npz"
         evaluations[role] = evaluate(
             outcomes,
             test,
             model=models[role],
             snapshot=snapshot.digest,
-            outcomes=store.put(name, _packed(outcomes)),
+            outcomes=store.put(keys.outcomes(runtime.flow_run.id, role), _packed(outcomes)),
             shift=shift,
             size=measure_size(network, file_bytes=file_bytes),
             times=measure_times(network, test.images, outcomes.seconds),
         )
         store.put(
-            f"{folder}/{role}-evaluation.json",
+            keys.evaluation(runtime.flow_run.id, role),
             evaluations[role].model_dump_json(indent=1).encode(),
         )
         logger.info("%s %s: accuracy %.4f", role, models[role], evaluations[role].accuracy)
@@ -114,8 +113,6 @@ def try_version(version: ModelVersion, store: str) -> float:
     Raises ModelUnusable if it does not load, or if its accuracy differs from the recorded one by
     more than another device explains.
     """
-    from mlflow import MlflowClient
-
     from mnist_cnn.evaluation import predict
 
     network, _ = load_model(version.model)
@@ -123,7 +120,7 @@ def try_version(version: ModelVersion, store: str) -> float:
     test = read_split(read_snapshot(Store(store), dataset, version.snapshot), "test")
     # (N, 28, 28) uint8 -> (N, 10) -> (N,)
     accuracy = float((predict(network, test.images).argmax(1) == test.labels).mean())
-    tags = MlflowClient().get_model_version(version.name, version.version).tags
+    tags = client().get_model_version(version.name, version.version).tags
     expected = float(tags["accuracy"])
     if abs(accuracy - expected) > _DEVICE_DIFFERENCE:
         raise ModelUnusable(

@@ -12,12 +12,12 @@ from expectations.image_table import image_table
 from expectations.report_page import render_report
 from expectations.validation import ValidationReport, validate_batch
 from mnist_cnn.digits import SIDE, Digits
+from tasks import keys
 from tasks.arrivals.batch_files import MARKER, BadBatch, RawBatch, check_names, parse_batch
 from tasks.datasets.ledger import (
     digest_files,
     files_of,
     folder_of,
-    incoming_folder,
     present_snapshot,
     read_base,
     read_ledger,
@@ -64,17 +64,17 @@ def find_arrivals(snapshot: Snapshot, quiet_minutes: float) -> Arrivals:
     dataset = snapshot.dataset
     with exclusive(dataset, "ingest"):
         ledger = _settled_ledger(store, dataset)
-    folder = incoming_folder(dataset)
+    folder = keys.incoming(dataset)
     now = store.time()  # by the server's clock, which dates the objects; ours may be off
     batches: dict[str, list[Entry]] = {}
-    for entry in _objects(store, folder):
+    for entry in store.entries(folder):
         name, inside, _ = entry.name.removeprefix(folder).partition("/")
         # Files directly under incoming/ form the batch "", which is quarantined.
         batches.setdefault(name if inside else "", []).append(entry)
     complete: list[str] = []
     waiting: list[str] = []
     for name, entries in batches.items():
-        marked = any(entry.name == f"{folder}{name}/{MARKER}" for entry in entries)
+        marked = any(entry.name == keys.incoming(dataset, name, MARKER) for entry in entries)
         newest = max(entry.modified for entry in entries)
         settled = now - newest >= timedelta(minutes=quiet_minutes)
         (complete if marked or settled else waiting).append(name)
@@ -95,8 +95,8 @@ def ingest_batch(snapshot: Snapshot, batch: str, champion: ModelVersion | None) 
     dataset = snapshot.dataset
     with exclusive(dataset, "ingest"):
         ledger = _settled_ledger(store, dataset)
-        folder = incoming_folder(dataset, batch)
-        entries = _objects(store, folder)
+        folder = keys.incoming(dataset, batch)
+        entries = store.entries(folder)
         if not batch:  # the files beside the folders, without those in them
             entries = [entry for entry in entries if "/" not in entry.name.removeprefix(folder)]
         if not entries:
@@ -188,7 +188,7 @@ def _judge(
 
     Shards, report and reason are written before this returns; the verdict itself is not.
     """
-    files = files_of(incoming_folder(present.dataset, batch), entries)
+    files = files_of(keys.incoming(present.dataset, batch), entries)
     unread = Verdict(
         sequence=len(ledger) + 1,
         dataset=present.dataset,
@@ -232,7 +232,7 @@ def _judge(
             "reason": "; ".join([f"{len(digits)} images", *warnings]),
             "shards": write_shards(store, present.dataset, digits, table, f"batch {batch}"),
             "repeated": int((~new).sum()),
-            "report": store.put(f"{folder_of(accepted)}report.html", page.encode()),
+            "report": store.put(folder_of(accepted, "report.html"), page.encode()),
         }
     ), table
 
@@ -286,11 +286,10 @@ def _champion_view(champion: ModelVersion | None, raw: RawBatch) -> "NDArray[np.
 def _put_aside(store: Store, verdict: Verdict, reason: str, page: str | None = None) -> Verdict:
     """Quarantine a batch: write report and reason into the folder for its files."""
     refused = verdict.model_copy(update={"reason": reason})
-    folder = folder_of(refused)
     if page is not None:
-        report = store.put(f"{folder}report.html", page.encode())
+        report = store.put(folder_of(refused, "report.html"), page.encode())
         refused = refused.model_copy(update={"report": report})
-    store.put(f"{folder}reason.json", refused.model_dump_json(indent=1).encode())
+    store.put(folder_of(refused, "reason.json"), refused.model_dump_json(indent=1).encode())
     return refused
 
 
@@ -319,11 +318,6 @@ def _demand_new(ledger: list[Verdict], batch: Verdict) -> None:
                 f"{past.arrived:%Y-%m-%d %H:%M} UTC; expected a name that was not used: send it "
                 "again under another one"
             )
-
-
-def _objects(store: Store, folder: str) -> list[Entry]:
-    """Return the objects in a folder, without the empty ones by which consoles mark folders."""
-    return [entry for entry in store.entries(folder) if not entry.name.endswith("/")]
 
 
 def emit_verdict(verdict: Verdict, store: str) -> None:

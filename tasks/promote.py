@@ -9,14 +9,14 @@ import os
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 from prefect import get_run_logger, runtime
 from prefect.artifacts import create_table_artifact
 from prefect.client.orchestration import get_client
-from pydantic import BaseModel
 
+from mnist_cnn.record import Record
 from tasks.records import Candidate, ModelVersion
 from tasks.registry.aliases import (
     append_description,
@@ -51,10 +51,11 @@ from tasks.registry.versions import (
     read_model,
     read_version,
     read_versions,
-    registry_errors,
+    register,
 )
 from tasks.runs.outcome import read_record, write_record
 from tasks.services.lock import exclusive
+from tasks.services.mlflow import client, registry_errors
 from tasks.services.s3 import Store
 from tasks.services.step import step
 
@@ -65,10 +66,9 @@ if TYPE_CHECKING:
 _ROLLBACK = "rollback"
 
 
-class Rollback(BaseModel, frozen=True):
+class Rollback(Record):
     """Target of a rollback, stored for the flow run before any alias moves."""
 
-    format: Literal[1] = 1
     target: ModelVersion
     replaces: ModelVersion | None
     """The champion at that time."""
@@ -121,10 +121,6 @@ def register_candidate(
     A repeat returns the version that an earlier attempt registered. If the decision was made anew,
     because the champion had changed, its tags replace the former ones.
     """
-    import mlflow
-    from mlflow import MlflowClient
-
-    client = MlflowClient()
     flow_run = runtime.flow_run
     tags = {
         "snapshot": candidate.snapshot,
@@ -158,10 +154,10 @@ def register_candidate(
                 if decision.verdict != "needs-approval":
                     take_challenger_from(candidate.name, version.version)
                 for key, value in tags.items():
-                    client.set_model_version_tag(candidate.name, version.version, key, value)
+                    client().set_model_version_tag(candidate.name, version.version, key, value)
         else:
-            version = mlflow.register_model(candidate.model, candidate.name, tags=tags)
-        client.update_model_version(candidate.name, version.version, sentence)
+            version = register(candidate.model, candidate.name, tags)
+        client().update_model_version(candidate.name, version.version, sentence)
         return describe(version, candidate.snapshot)
 
 
@@ -200,13 +196,11 @@ def set_challenger(version: ModelVersion) -> None:
 
     A version that was approved or rejected before this run was resumed is left alone.
     """
-    from mlflow import MlflowClient
-
     with registry_errors(f"the aliases of {version.name}"), exclusive(version.name):
         moves = moves_of(read_version(version.name, int(version.version)))
         if any(move.action in {"approve", "reject"} for move in moves):
             return
-        MlflowClient().set_registered_model_alias(version.name, CHALLENGER, version.version)
+        client().set_registered_model_alias(version.name, CHALLENGER, version.version)
 
 
 @step

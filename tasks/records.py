@@ -3,7 +3,10 @@
 from datetime import datetime
 from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
+
+from mnist_cnn.record import Format, Record
+from tasks import keys
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, Split] = ("train", "test")
@@ -20,9 +23,11 @@ class Shard(BaseModel, frozen=True):
     """Source of its images: the archives of the base data set, or a batch."""
 
 
-class Snapshot(BaseModel, frozen=True):
+class Snapshot(Record):
     """An immutable set of training and test images, identified by the digest of its manifest."""
 
+    # A number would be part of the digest, which has to be that of the data in every release.
+    format: Format = None
     dataset: str
     store: str
     digest: str
@@ -36,7 +41,7 @@ class Snapshot(BaseModel, frozen=True):
     @property
     def address(self) -> str:
         """Address of the manifest."""
-        return f"{self.store}/datasets/{self.dataset}/snapshots/{self.digest}.json"
+        return f"{self.store}/{keys.manifest(self.dataset, self.digest)}"
 
     @property
     def model_name(self) -> str:
@@ -67,7 +72,7 @@ class BatchFile(BaseModel, frozen=True):
     """The S3 server's tag of its content, which changes with it."""
 
 
-class Verdict(BaseModel, frozen=True):
+class Verdict(Record):
     """Verdict on a batch: an entry of the data set's ledger, which is never changed."""
 
     sequence: int
@@ -88,7 +93,7 @@ class Verdict(BaseModel, frozen=True):
     files: list[BatchFile]
     images: int | None
     """Number of images that it holds; None if it could not be read."""
-    shards: list[Shard] = []
+    shards: list[Shard] = Field([])
     """Shards of its accepted images."""
     repeated: int = 0
     """Images of an accepted batch that were left out because they are in the data set already."""
@@ -98,7 +103,7 @@ class Verdict(BaseModel, frozen=True):
     """Prefect flow run that judged it; empty in entries older than this field."""
 
 
-class ValidatedSnapshot(BaseModel, frozen=True):
+class ValidatedSnapshot(Record):
     """A snapshot that passed validation. Only the validation task makes one."""
 
     snapshot: Snapshot
@@ -110,7 +115,7 @@ class ValidatedSnapshot(BaseModel, frozen=True):
     """One sentence for each expectation that failed and is not critical."""
 
 
-class RejectedSnapshot(BaseModel, frozen=True):
+class RejectedSnapshot(Record):
     """A snapshot that failed a critical expectation: nothing is trained on it."""
 
     snapshot: Snapshot
@@ -120,10 +125,9 @@ class RejectedSnapshot(BaseModel, frozen=True):
     """One sentence for each failed critical expectation: expectation, observed value and bound."""
 
 
-class Intake(BaseModel, frozen=True):
+class Intake(Record):
     """Data of a flow run, fixed for it: a resumed run trains on the same."""
 
-    format: Literal[1] = 1
     validated: ValidatedSnapshot
     verdicts: list[Verdict]
     told: str
@@ -157,7 +161,7 @@ class ModelVersion(BaseModel, frozen=True):
     """Digest of the snapshot that it was trained on."""
 
 
-class RunSummary(BaseModel, frozen=True):
+class RunSummary(Record):
     """Result of a run: the same facts for the terminal, the Prefect UI and later readers."""
 
     flow_run: str

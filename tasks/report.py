@@ -11,10 +11,11 @@ from prefect import runtime
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
-from prefect.settings import PREFECT_UI_URL
+from prefect.utilities.urls import url_for
 
 from mnist_cnn.evaluation import Evaluation
 from mnist_cnn.promotion import Decision, Verdict
+from tasks import keys
 from tasks.records import (
     Candidate,
     ModelVersion,
@@ -23,8 +24,8 @@ from tasks.records import (
     Snapshot,
     ValidatedSnapshot,
 )
-from tasks.registry.versions import registry_errors
-from tasks.services.addresses import without_credentials
+from tasks.services.markdown import render
+from tasks.services.mlflow import client, page, registry_errors, run_page
 from tasks.services.s3 import LINK_LIFE, Store
 from tasks.services.step import step
 
@@ -139,25 +140,16 @@ def report_decision(
         for row, check in zip(checks, decision.checks, strict=True)
     ]
     create_table_artifact(detailed, key="checks", description=f"Checks of {version.model}")
-    compared = (
-        f"The champion before this run, on the same images: accuracy {theirs.accuracy:.2%}."
-        if theirs
-        else "There was no champion before this run."
+    body = render(
+        Path(__file__).with_name("report.md"),
+        version=version,
+        ours=ours,
+        theirs=theirs,
+        decision=decision,
+        checks=checks,
+        warnings=validated.warnings,
     )
-    body = [
-        (
-            f"Candidate {version.model}: accuracy {ours.accuracy:.2%}, loss {ours.loss:.4f}, "
-            f"macro F1 {ours.macro_f1:.4f} on {ours.images:,} test images. {compared}"
-        ),
-        (
-            f"This is decision {decision.decisions} on this test split; every test of it has the "
-            f"level {decision.level:.4g}."
-        ),
-        _table(checks),
-        _per_class(ours, theirs),
-        "\n".join(f"- warning: {warning}" for warning in validated.warnings),
-    ]
-    _publish(summary, snapshot, decision.reason, "\n\n".join(body))
+    _publish(summary, snapshot, decision.reason, body)
     return summary
 
 
@@ -169,7 +161,7 @@ def _publish(summary: RunSummary, snapshot: Snapshot, reason: str, body: str) ->
         key="report",
         description=f"{summary.verdict}: {snapshot.dataset}",
     )
-    name = f"runs/{summary.flow_run}/summary.json"
+    name = keys.record(summary.flow_run, "summary")
     Store(snapshot.store).put(name, summary.model_dump_json(indent=1).encode())
 
 
@@ -188,22 +180,10 @@ def _data_links(snapshot: Snapshot, report: str) -> tuple[dict[str, str], str]:
 
 
 def _mlflow_links(candidate: Candidate, version: ModelVersion) -> dict[str, str]:
-    import mlflow
-
-    server = without_credentials(mlflow.get_tracking_uri()).rstrip("/")
     return {
-        "MLflow run": _mlflow_run(candidate),
-        "registered version": f"{server}/#/models/{version.name}/versions/{version.version}",
+        "MLflow run": run_page(candidate.run_id),
+        "registered version": page(f"#/models/{version.name}/versions/{version.version}"),
     }
-
-
-def _mlflow_run(candidate: Candidate) -> str:
-    """Return the address of the candidate's run in MLflow's UI."""
-    import mlflow
-
-    experiment = mlflow.get_run(candidate.run_id).info.experiment_id
-    server = without_credentials(mlflow.get_tracking_uri()).rstrip("/")
-    return f"{server}/#/experiments/{experiment}/runs/{candidate.run_id}"
 
 
 def _keep_records(candidate: Candidate, store: Store, records: Mapping[str, str]) -> dict[str, str]:
@@ -211,16 +191,15 @@ def _keep_records(candidate: Candidate, store: Store, records: Mapping[str, str]
 
     A link to an object in S3 expires; MLflow shows its artifacts for as long as it has the run.
     """
-    from mlflow import MlflowClient
-
     links = {}
+    run = run_page(candidate.run_id)
     with tempfile.TemporaryDirectory() as folder:
         for name, address in records.items():
             original = store.name_of(address)
             copy = f"{name.replace(' ', '_')}.{original.rpartition('.')[2]}"
             (Path(folder) / copy).write_bytes(store.get(original))
-            links[name] = f"{_mlflow_run(candidate)}/artifacts/records/{copy}"
-        MlflowClient().log_artifacts(candidate.run_id, folder, "records")
+            links[name] = f"{run}/artifacts/records/{copy}"
+        client().log_artifacts(candidate.run_id, folder, "records")
     return links
 
 
@@ -235,39 +214,10 @@ def _approval_form(version: ModelVersion, store: str) -> dict[str, str]:
     filled_in = quote(
         json.dumps({"model": version.name, "version": int(version.version), "store": store})
     )
-    server = str(PREFECT_UI_URL.value()).rstrip("/")
-    return {"approval form": f"{server}/deployments/deployment/{form}/run?parameters={filled_in}"}
-
-
-def _per_class(candidate: Evaluation, champion: Evaluation | None) -> str:
-    """Return recall and precision of each digit as a Markdown table."""
-    champions = champion.classes if champion else [None] * len(candidate.classes)
-    rows = [
-        {
-            "digit": str(ours.digit),
-            "images": str(ours.support),
-            "recall": _share(ours.recall),
-            "precision": _share(ours.precision),
-            **({"champion's recall": _share(theirs.recall)} if theirs else {}),
-        }
-        for ours, theirs in zip(candidate.classes, champions, strict=True)
-    ]
-    return _table(rows)
+    page_of_form = url_for("deployment", obj_id=form)
+    return {"approval form": f"{page_of_form}/run?parameters={filled_in}"}
 
 
 def _figure(value: float) -> str:
     # Sizes in bytes are whole numbers, which four digits would round.
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
-
-
-def _share(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.4f}"
-
-
-def _table(rows: list[dict[str, str]]) -> str:
-    """Return rows of the same keys as a Markdown table."""
-    header = list(rows[0])
-    lines = [list(row.values()) for row in rows]
-    return "\n".join(
-        f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *lines]
-    )

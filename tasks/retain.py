@@ -6,10 +6,10 @@ judged, never promoted and have no alias. Snapshots, decisions, outcomes and the
 stay.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 from uuid import UUID
 
 from prefect import get_run_logger
@@ -18,14 +18,16 @@ from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
 from pydantic import BaseModel, Field
 
+from tasks import keys
 from tasks.registry.history import Move
-from tasks.registry.versions import registry_errors
+from tasks.registry.versions import read_all_versions, remove_artifacts
 from tasks.services.lock import exclusive
+from tasks.services.mlflow import client, registry_errors
 from tasks.services.s3 import Store
 from tasks.services.step import step
 
 if TYPE_CHECKING:
-    from mlflow.entities.model_registry import ModelVersion as RegisteredVersion
+    from tasks.registry.versions import RegisteredVersion
 
 REMOVED = "artifacts_removed"
 """Tag of a version whose artifacts were removed; its value is the date."""
@@ -115,7 +117,8 @@ def choose_removals(
 @registry_errors("the versions that may be removed")
 def plan_removals(policy: RetentionPolicy, store: str) -> list[Removal]:
     """Read store, flow runs and registry, and return the removals that are due."""
-    return choose_removals(_ended(Store(store)), _versions(), policy, datetime.now(UTC))
+    versions = [_describe(version, aliased=aliased) for version, aliased in read_all_versions()]
+    return choose_removals(_ended(Store(store)), versions, policy, datetime.now(UTC))
 
 
 @step
@@ -153,55 +156,16 @@ def report_removals(removals: list[Removal], *, dry_run: bool) -> None:
 
 def _remove_artifacts(name: str, number: str) -> bool:
     """Remove the artifacts of a version; False if it is needed by now."""
-    from mlflow import MlflowClient
-    from mlflow.store.artifact.artifact_repository_registry import (
-        get_artifact_repository,
-    )
-
-    client = MlflowClient()
     # Read again, under the lock: the version may have been promoted since the plan was made.
     with exclusive(name):
-        version = client.get_model_version(name, number)
+        version = client().get_model_version(name, number)
         if _describe(version, aliased=bool(version.aliases)).needed:
             return False
         # The tag first: a crash in between must not leave a version with half its artifacts
         # unmarked.
-        client.set_model_version_tag(name, number, REMOVED, f"{datetime.now(UTC):%Y-%m-%d}")
-        repository: Any = get_artifact_repository(  # its methods have no types
-            client.get_model_version_download_uri(name, number)
-        )
-        repository.delete_artifacts()
+        client().set_model_version_tag(name, number, REMOVED, f"{datetime.now(UTC):%Y-%m-%d}")
+        remove_artifacts(version)
     return True
-
-
-def _versions() -> list[Version]:
-    """Return all versions of all models.
-
-    A search for versions leaves their aliases out, so these come from the models.
-    """
-    from mlflow import MlflowClient
-
-    client = MlflowClient()
-    aliased = {
-        (model.name, str(number))
-        for model in _every(client.search_registered_models)
-        for number in model.aliases.values()
-    }
-    return [
-        _describe(version, aliased=(version.name, str(version.version)) in aliased)
-        for version in _every(client.search_model_versions)
-    ]
-
-
-def _every(search: Callable[..., Any]) -> Iterator[Any]:
-    """Yield the results of a paged search of MLflow, page after page."""
-    token = None
-    while True:
-        page = search(page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
 
 
 def _describe(version: "RegisteredVersion", *, aliased: bool) -> Version:
@@ -221,14 +185,11 @@ def _ended(store: Store) -> dict[str, datetime]:
     A run that is unknown to Prefect may belong to another server: its objects stay.
     """
     prefixes: set[str] = set()
-    for name in [*store.names("runs/"), *store.names("gate-check/")]:
-        match name.split("/"):
-            case ["gate-check", run, *_]:
-                prefixes.add(f"gate-check/{run}/")
-            case ["runs", run, "checkpoints", *_]:
-                prefixes.add(f"runs/{run}/checkpoints/")
-            case _:  # the run's record, which stays, or the marker of a folder
-                pass
+    for name in [*store.names(keys.RUNS), *store.names(keys.GATE_CHECKS)]:
+        run = name.split("/")[1]
+        # All else under `runs/` is the run's record, which stays.
+        folders = (keys.checkpoints(run), keys.gate_check(run))
+        prefixes.update(folder for folder in folders if name.startswith(folder))
     ended: dict[str, datetime] = {}
     with get_client(sync_client=True) as prefect:
         for prefix in prefixes:

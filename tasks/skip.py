@@ -4,7 +4,8 @@ from prefect import get_run_logger, runtime
 
 from tasks.records import ModelVersion
 from tasks.registry.fingerprint import TAG, Fingerprint
-from tasks.registry.versions import moves_of, read_versions, registry_errors
+from tasks.registry.versions import moves_of, read_versions
+from tasks.services.mlflow import registry_errors
 from tasks.services.step import step
 
 
@@ -33,12 +34,12 @@ def find_repeat(champion: ModelVersion | None, ours: Fingerprint) -> str | None:
         tags = versions[number].tags
         if TAG not in tags:  # registered without a fingerprint: nothing to compare
             continue
-        theirs = Fingerprint.model_validate_json(tags[TAG])
+        changes = ours.changes(Fingerprint.model_validate_json(tags[TAG]))
         same = f"version {number} was made of the same snapshot, code, parameters and environment"
-        if number == champion.version and theirs != ours:
-            changes = ", ".join(ours.changes(theirs))
-            get_run_logger().info("changed since the champion was trained: %s", changes)
-        elif theirs != ours:
+        if number == champion.version and changes:
+            listed = ", ".join(changes)
+            get_run_logger().info("changed since the champion was trained: %s", listed)
+        elif changes:
             continue
         elif number == champion.version:
             return f"nothing is new: the champion, {same}"

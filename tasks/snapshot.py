@@ -7,8 +7,10 @@ from prefect.artifacts import create_table_artifact
 from pydantic import StringConstraints
 
 from expectations.reference import compare_profiles
-from tasks.datasets.base import MirrorUnreachable, _fetch
+from tasks.datasets.base import fetch_base
+from tasks.datasets.catalog import AUTO
 from tasks.datasets.ledger import present_snapshot, read_base, read_ledger, write_base
+from tasks.datasets.mirror import MirrorUnreachable
 from tasks.datasets.snapshots import read_profile, read_snapshot
 from tasks.records import SPLITS, Snapshot, ValidatedSnapshot
 from tasks.services.s3 import Store
@@ -31,20 +33,20 @@ def take_snapshot(dataset: Dataset, store: str) -> Snapshot:
     """
     logger = get_run_logger()
     s3 = Store(store)
-    name = "mnist" if dataset == "auto" else dataset
+    name = "mnist" if dataset == AUTO else dataset
     base = read_base(s3, name)
     if base is None:
         try:
-            base = _fetch(name, s3)
+            base = fetch_base(name, s3)
         except MirrorUnreachable as error:
-            if dataset != "auto":
+            if dataset != AUTO:
                 raise
             logger.warning(
                 "MNIST COULD NOT BE HAD: THIS RUN USES THE EMBEDDED SAMPLE of 1,797 digits. Its "
                 "model is called digits-cnn and never competes with mnist-cnn. The cause: %s",
                 error,
             )
-            base = read_base(s3, "digits") or _fetch("digits", s3)
+            base = read_base(s3, "digits") or fetch_base("digits", s3)
     snapshot = present_snapshot(s3, base, read_ledger(s3, base.dataset))
     logger.info(
         "snapshot %s of %s: %d training and %d test images",

@@ -5,6 +5,7 @@ from prefect import runtime
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 
+from tasks import keys
 from tasks.services.s3 import Store
 from tasks.services.step import step
 
@@ -15,11 +16,7 @@ INGEST = "ingest/on-arrival"
 def find_waiting_datasets(store: str) -> list[str]:
     """Return the data sets that have objects under `datasets/NAME/incoming/`."""
     s3 = Store(store)
-    return [
-        dataset
-        for dataset in s3.folders("datasets/")
-        if "incoming" in s3.folders(f"datasets/{dataset}/")
-    ]
+    return [dataset for dataset in s3.folders(keys.DATASETS) if s3.names(keys.incoming(dataset))]
 
 
 @step

@@ -13,6 +13,17 @@ from tasks.services.s3 import Store
 from tests import server_logs
 from tests.reaper import reaped
 
+SERVERS = {"stack", "bench", "unused"}
+"""The fixtures that start servers; every other server fixture asks for one of them."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test that needs servers, however indirectly: nobody has to remember it."""
+    for item in items:
+        if isinstance(item, pytest.Function) and not SERVERS.isdisjoint(item.fixturenames):
+            item.add_marker("servers")
+
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:

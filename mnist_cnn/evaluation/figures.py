@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from mnist_cnn.record import Record
+
 
 class Interval(BaseModel, frozen=True):
     """A 95 % confidence interval."""
@@ -181,7 +183,7 @@ class Intervals(BaseModel, frozen=True):
     expected_error: Interval
 
 
-class Evaluation(BaseModel, frozen=True):
+class Evaluation(Record):
     """One model on the test split of one snapshot."""
 
     model: str

@@ -13,14 +13,10 @@ def wilson(right: int, images: int) -> Interval:
     Unlike the bootstrap's it keeps a width where the share is 0 or 1.
     Source: Wilson 1927, doi:10.1080/01621459.1927.10502953.
     """
-    z = 1.959964  # the normal quantile at 97.5 %
-    share = right / images
-    middle = share + z**2 / (2 * images)
-    half = z * np.sqrt(share * (1 - share) / images + z**2 / (4 * images**2))
-    scale = 1 + z**2 / images
-    return Interval(
-        low=max(0.0, float((middle - half) / scale)), high=min(1.0, float((middle + half) / scale))
-    )
+    from scipy.stats import binomtest
+
+    low, high = binomtest(right, images).proportion_ci(method="wilson")
+    return Interval(low=float(low), high=float(high))
 
 
 def resample(images: int, resamples: int, seed: int) -> NDArray[np.float32]:

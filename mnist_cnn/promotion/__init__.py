@@ -8,10 +8,9 @@ from mnist_cnn.promotion.decision import (
     Verdict,
     decide,
 )
-from mnist_cnn.promotion.policy import POLICIES, PromotionPolicy
+from mnist_cnn.promotion.policy import PromotionPolicy
 
 __all__ = [
-    "POLICIES",
     "Check",
     "Decision",
     "PromotionPolicy",

@@ -24,6 +24,7 @@ from mnist_cnn.promotion.comparison import (
     upper_limit,
 )
 from mnist_cnn.promotion.policy import PromotionPolicy
+from mnist_cnn.record import Record
 
 Verdict = Literal["promote", "keep", "needs-approval"]
 Kind = Literal["policy", "floor", "loss", "evidence", "benefit", "offer"]
@@ -130,7 +131,7 @@ class Comparison(BaseModel, frozen=True):
     """Loss that the policy tolerates."""
 
 
-class Decision(BaseModel, frozen=True):
+class Decision(Record):
     """The verdict on a candidate, with every check that led to it."""
 
     verdict: Verdict

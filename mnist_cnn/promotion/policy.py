@@ -112,17 +112,3 @@ class PromotionPolicy(BaseModel, frozen=True, extra="forbid"):
         description="Most accuracy that may be lost in one named condition. A margin close to the "
         "difference between two seeds of one recipe would pick seeds.",
     )
-
-
-POLICIES = {
-    "mnist": PromotionPolicy(),
-    # The sample serves to try the pipeline out; its images were scaled up from 8 x 8. The README
-    # has the measurements behind these floors.
-    "digits": PromotionPolicy(
-        accuracy_floor=0.96,
-        worst_class_floor=0.85,
-        shifted_prior_floor=0.94,
-        factor_floors=dict.fromkeys(FACTOR_FLOORS, 0.7),
-    ),
-}
-"""Policy of each data set. One that is not named here has none, and then nothing is promoted."""

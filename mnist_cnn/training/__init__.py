@@ -1,6 +1,6 @@
-"""Training: from digits and a recipe to a model, resumable at any step.
+"""Training: from digits and a recipe to a model, resumable at any step; see README.md.
 
-A configuration can be made without torch, which loads when the first other name is used.
+A configuration can be made without torch; it is imported when another name is first used.
 """
 
 from typing import TYPE_CHECKING
@@ -43,6 +43,8 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # These modules import torch, which takes seconds; the form of a flow never gets here.
     from mnist_cnn.training import checkpoint, distributed, loop
 
-    return next(vars(room)[name] for room in (loop, checkpoint, distributed) if name in vars(room))
+    modules = (loop, checkpoint, distributed)
+    return next(vars(module)[name] for module in modules if name in vars(module))

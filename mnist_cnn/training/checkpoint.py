@@ -1,6 +1,6 @@
-"""Checkpoints: safetensors with a digest over everything, written beside the training.
+"""Checkpoints: safetensors with a digest over all of it, written by a background thread.
 
-Nothing in them is executed on loading. Names sort by step: `step-00000300.safetensors`.
+Loading one executes nothing. Names sort by step: `step-00000300.safetensors`.
 """
 
 import hashlib
@@ -19,24 +19,25 @@ from torch import Tensor
 
 _log = logging.getLogger(__name__)
 _FORMAT = "mnist-cnn-checkpoint-1"
-_PREFIX, _SUFFIX = "step-", ".safetensors"
+_PREFIX = "step-"
+_SUFFIX = ".safetensors"
 
 
 class CheckpointRefused(ValueError):
-    """A checkpoint cannot be gone on from; the message says why."""
+    """A checkpoint is unfit to resume from; the message has the reason."""
 
 
 class CheckpointStore(Protocol):
-    """Where checkpoints are kept. A name that is listed must hold all of its bytes."""
+    """A store of checkpoints. A name that is listed must hold all of its bytes."""
 
     def save(self, name: str, content: bytes) -> None:
-        """Keep `content` under `name`, wholly or not at all; older names may be dropped."""
+        """Store `content` under `name`, all of it or nothing; older names may be removed."""
 
     def list(self) -> list[str]:
-        """Return the names that are kept, in any order."""
+        """Return the stored names, in any order."""
 
     def load(self, name: str) -> bytes:
-        """Return what is kept under `name`."""
+        """Return the content stored under `name`."""
 
 
 @dataclass(frozen=True)
@@ -44,23 +45,24 @@ class Checkpoint:
     """The state of a training between two steps."""
 
     step: int
-    """Optimizer steps that were taken."""
+    """Optimizer steps taken."""
     identity: Mapping[str, str]
-    """What the state belongs to, part by part: data, config, code, architecture."""
+    """Data, config, code and architecture that the state belongs to."""
     progress: Mapping[str, Any]
     """JSON values: the position in the epoch, the metrics so far."""
     tensors: Mapping[str, Tensor]
-    """On the CPU."""
+    """By name, on the CPU."""
 
     @property
     def name(self) -> str:
-        """The name to keep it under."""
+        """The name in a store."""
         return f"{_PREFIX}{self.step:08d}{_SUFFIX}"
 
     def encode(self) -> bytes:
         """Return the checkpoint as the bytes of a safetensors file."""
         from safetensors.torch import save
 
+        # The metadata of a safetensors file are strings, so the state is one of JSON.
         about = {"step": self.step, "identity": self.identity, "progress": self.progress}
         state = json.dumps(about, sort_keys=True)
         return save(
@@ -70,12 +72,13 @@ class Checkpoint:
 
 
 def decode(content: bytes, name: str) -> Checkpoint:
-    """Parse and verify a checkpoint; CheckpointRefused names it and says what is wrong."""
+    """Parse and verify a checkpoint; raise CheckpointRefused if it is broken or altered."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     try:
         tensors = load(content)
+        # `load` drops the metadata. They are in the header: its length in 8 bytes, then JSON.
         length = int.from_bytes(content[:8], "little")
         metadata = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
     except (SafetensorError, ValueError, KeyError) as error:
@@ -87,7 +90,8 @@ def decode(content: bytes, name: str) -> Checkpoint:
             f"checkpoint {name} has format {metadata.get('format')!r}; expected {_FORMAT!r}"
         )
     state = metadata.get("state", "")
-    promised, found = metadata.get("sha256"), _digest(state, tensors)
+    promised = metadata.get("sha256")
+    found = _digest(state, tensors)
     if promised != found:
         raise CheckpointRefused(
             f"checkpoint {name} promises sha256 {promised} but holds {found}: it was altered"
@@ -99,9 +103,10 @@ def decode(content: bytes, name: str) -> Checkpoint:
 def newest_valid(
     store: CheckpointStore, identity: Mapping[str, str]
 ) -> tuple[Checkpoint | None, list[str]]:
-    """Return the newest checkpoint of this identity, or None, and why newer ones were refused.
+    """Return the newest checkpoint of this identity, or None, and the refusals of newer ones.
 
-    A store that cannot be read raises what it raises: starting anew would waste the work.
+    An exception of the store is not caught. A store that cannot be read is not an empty one:
+    training from the start would waste the work in it.
     """
     refusals: list[str] = []
     names = [n for n in store.list() if n.startswith(_PREFIX) and n.endswith(_SUFFIX)]
@@ -133,18 +138,21 @@ def _digest(state: str, tensors: Mapping[str, Tensor]) -> str:
     total = hashlib.sha256(state.encode())
     for name, tensor in sorted(tensors.items()):
         total.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        # The same bytes for every dtype, bfloat16 included, which numpy does not have.
         total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
 class LocalCheckpoints:
-    """Checkpoints in a folder of this machine: the newest `keep` of them."""
+    """A store in a folder of this machine, which keeps the newest `keep` checkpoints."""
 
     def __init__(self, folder: Path, keep: int = 3) -> None:
-        self._folder, self._keep = folder, keep
+        self._folder = folder
+        self._keep = keep
 
     def save(self, name: str, content: bytes) -> None:
-        """Write to a temporary file, force it to the disk, then give it its name."""
+        """Write to a temporary file, flush it to the disk, then rename it."""
+        # A rename is atomic, and the leading dot hides the draft of a process that was killed.
         self._folder.mkdir(parents=True, exist_ok=True)
         draft = self._folder / f".{name}.{os.getpid()}"
         with draft.open("wb") as file:
@@ -156,7 +164,7 @@ class LocalCheckpoints:
             (self._folder / old).unlink(missing_ok=True)
 
     def list(self) -> list[str]:
-        """Return the names in the folder; none if it is not there."""
+        """Return the names in the folder; none if the folder does not exist."""
         if not self._folder.is_dir():
             return []
         return [path.name for path in self._folder.iterdir() if not path.name.startswith(".")]
@@ -167,10 +175,10 @@ class LocalCheckpoints:
 
 
 class Writer:
-    """Hands checkpoints to one background thread, so that training waits for no store.
+    """A background thread that writes checkpoints, so that training does not wait for the store.
 
-    Only the newest waiting one is written: a slow store falls behind in number, not in age. One
-    that the store refuses is logged; the next is tried at the next interval.
+    Of those that wait, only the newest is written: with a slow store checkpoints become fewer, not
+    older. A failed write is logged, and training goes on; the next checkpoint is a new attempt.
     """
 
     def __init__(self, store: CheckpointStore) -> None:
@@ -179,20 +187,20 @@ class Writer:
         self._closing = False
         self._wake = threading.Condition()
         self.failures: list[str] = []
-        """A sentence for each checkpoint that could not be written."""
+        """A sentence for each failed write."""
         self.newest: int | None = None
-        """The step of the newest checkpoint that was written."""
+        """Step of the newest checkpoint that was written."""
         self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
         self._thread.start()
 
     def submit(self, checkpoint: Checkpoint) -> None:
-        """Have this checkpoint written soon; returns at once."""
+        """Schedule a checkpoint for writing; return at once."""
         with self._wake:
             self._waiting = checkpoint
             self._wake.notify()
 
     def close(self) -> None:
-        """Return when everything that was submitted has been written or has failed."""
+        """Wait until the last checkpoint submitted has been written or has failed."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -202,6 +210,7 @@ class Writer:
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._waiting or self._closing)
+                # Taken under the lock and written without it: `submit` never waits for the store.
                 checkpoint, self._waiting = self._waiting, None
             if checkpoint is None:
                 return
@@ -211,7 +220,7 @@ class Writer:
         began = time.perf_counter()
         try:
             self._store.save(checkpoint.name, checkpoint.encode())
-        except Exception as error:  # noqa: BLE001 - any store may fail in its own way; training goes on
+        except Exception as error:  # noqa: BLE001 - each store has its own errors; training goes on
             sentence = (
                 f"checkpoint {checkpoint.name} could not be written ({error!r}); training goes on "
                 "and the next one is tried at the next interval"

@@ -1,12 +1,12 @@
-"""Train in several processes of one machine, one for each GPU or some on its CPU.
+"""Training in several processes of one machine, one for each GPU or several on its CPU.
 
-`train_distributed` starts torch's own elastic launcher, whose workers are this module run as a
-program. They meet their parent in a folder alone, so that they need to know no platform:
+`train_distributed` starts torch's elastic launcher, whose workers run this module as a program.
+Parent and workers exchange files in one folder and nothing else, so workers need no platform:
 
-    images.npy labels.npy config.json   what to train on, and how
-    checkpoints/                        theirs; the parent carries them to its own store
-    told.jsonl                          what the first worker has to tell
-    stop                                a reason to stop, once the parent has one
+    images.npy labels.npy config.json   data and configuration
+    checkpoints/                        of the workers; the parent copies them to its own store
+    events.jsonl                        progress, epochs and failure, by the first worker
+    stop                                the reason to stop, written by the parent
 """
 
 import json
@@ -41,14 +41,20 @@ from mnist_cnn.training.loop import (
 )
 from mnist_cnn.training.recipe import TrainingConfig
 
-_SECONDS_BETWEEN_LOOKS = 0.1
+_POLL_SECONDS = 0.1
+
 _FETCHED = 3
-_PATIENCE = timedelta(minutes=2)  # for the others, before a worker fails and the group starts anew
-_TOLD = "told.jsonl"
-# What every worker meets at the same step and would meet again: no case for a restart.
+"""Newest checkpoints of the caller's store that the workers get: a broken one costs an interval."""
+
+_TIMEOUT = timedelta(minutes=2)
+"""Longest wait of a worker for the others; then it fails, and the group is restarted."""
+
+_EVENTS = "events.jsonl"
+
 _FINAL: dict[str, type[Exception]] = {
     kind.__name__: kind for kind in (ValueError, FloatingPointError, AccuracyCollapsed, MemoryError)
 }
+"""Exceptions that all workers raise at the same step and would raise again after a restart."""
 
 
 def train_distributed(
@@ -63,20 +69,22 @@ def train_distributed(
     stop: Callable[[], str | None] = lambda: None,
     restarts: int = 3,
 ) -> Training:
-    """Train as `train` does, in several processes; a killed one has all go on from a checkpoint.
+    """Train in several processes; after the death of one, all resume from the last checkpoint.
 
-    The images come in the same order as in one process, and the weights differ only by the order in
-    which sums are rounded; from the second epoch on that may also exchange two images of which one
-    just is among the hard ones. Callbacks and the store are used in this process.
+    The arguments are those of `train`; callbacks and the store are used in this process alone. The
+    images are in the same order as in one process. Weights differ only by the order in which sums
+    are rounded, which from the second epoch on can also exchange two images at the threshold of
+    the hard ones.
 
-    Raises what `train` raises, and RuntimeError if the workers fail more than `restarts` times.
+    Raises the errors of `train`, and RuntimeError if the workers fail more than `restarts` times.
     """
-    place = choose_device(device)
-    if place.type == "cuda" and processes > torch.cuda.device_count():
+    chosen = choose_device(device)
+    if chosen.type == "cuda" and processes > torch.cuda.device_count():
         raise ValueError(
             f"{processes} processes want a GPU each; this machine has {torch.cuda.device_count()}"
         )
-    Batches(digits, config, torch.device("cpu"), 0, processes)  # refuses before anything is started
+    # Raises ValueError for unfit digits before a process is started.
+    Batches(digits, config, torch.device("cpu"), 0, processes)
     with tempfile.TemporaryDirectory(prefix="training-") as scratch:
         folder = Path(scratch)
         local = LocalCheckpoints(folder / "checkpoints")
@@ -87,57 +95,58 @@ def train_distributed(
         np.save(folder / "labels.npy", digits.labels)
         (folder / "config.json").write_text(config.model_dump_json())
         writer = Writer(checkpoints) if checkpoints is not None else None
-        told = _EventLog(folder / _TOLD, on_progress, on_epoch)
+        events = _EventLog(folder / _EVENTS, on_progress, on_epoch)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
-        command += ["-m", "mnist_cnn.training.distributed", scratch, place.type]
+        command += ["-m", "mnist_cnn.training.distributed", scratch, chosen.type]
         with (folder / "log").open("wb") as log:
-            launcher = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)  # noqa: S603 - our own words
+            launcher = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)  # noqa: S603 - our own command
             try:
-                carried = set(local.list())
+                seen = set(local.list())
                 while launcher.poll() is None:
-                    time.sleep(_SECONDS_BETWEEN_LOOKS)
-                    told.listen()
-                    carried = _carry(local, carried, writer)
+                    time.sleep(_POLL_SECONDS)
+                    events.read_new()
+                    seen = _submit_newest(local, seen, writer)
                     if (reason := stop()) is not None:
                         (folder / "stop").write_text(reason)
-                told.listen()
-                _carry(local, carried, writer)
+                # The last events and checkpoints are from between the last poll and the end.
+                events.read_new()
+                _submit_newest(local, seen, writer)
             finally:
                 launcher.terminate()
                 launcher.wait()
                 if writer:
                     writer.close()
-        failure = told.failure
+        failure = events.failure
         if isinstance(failure, TrainingStopped):
-            # What the workers kept goes with the folder; what counts is the caller's store.
+            # The workers' checkpoints are deleted with the folder; the caller's store remains.
             saved = writer is not None and writer.newest == failure.step
             failure = TrainingStopped(failure.reason, failure.step, failure.steps, saved=saved)
         if failure is not None:
             raise failure
         if launcher.returncode:
-            said = (folder / "log").read_text(errors="replace")
+            output = (folder / "log").read_text(errors="replace")
             raise RuntimeError(
                 f"{processes} training processes failed more than {restarts} times; the last of "
-                f"what they said:\n{said[-4000:]}"
+                f"what they said:\n{output[-4000:]}"
             )
-        # The last checkpoint is a finished training: going on from it takes no step.
+        # The last checkpoint is of a finished training: resuming from it takes no step.
         training = train(digits, config, device, checkpoints=local)
         return replace(training, warnings=writer.failures if writer else [])
 
 
-def _carry(local: LocalCheckpoints, carried: set[str], writer: Writer | None) -> set[str]:
-    """Hand the newest checkpoint to the writer if it is new; return the names that were seen."""
+def _submit_newest(local: LocalCheckpoints, seen: set[str], writer: Writer | None) -> set[str]:
+    """Submit the newest checkpoint if it was not seen before; return all names seen."""
     names = set(local.list())
-    if writer and (new := names - carried):
+    if writer and (new := names - seen):
         newest = max(new)
-        with suppress(FileNotFoundError):  # a newer one has taken its place since
+        with suppress(FileNotFoundError):  # the workers may have removed it for a newer one
             writer.submit(decode(local.load(newest), newest))
     return names
 
 
 class _EventLog:
-    """What the first worker has told, line by line, each epoch once."""
+    """The first worker's events, a line of JSON each, passed on to the callbacks."""
 
     def __init__(
         self,
@@ -145,28 +154,31 @@ class _EventLog:
         on_progress: Callable[[Progress], None],
         on_epoch: Callable[[EpochMetrics], None],
     ) -> None:
-        self._path, self._place, self._newest = path, 0, 0
-        self._on_progress, self._on_epoch = on_progress, on_epoch
+        self._path = path
+        self._offset = 0
+        self._last_step = 0
+        self._on_progress = on_progress
+        self._on_epoch = on_epoch
         self.failure: Exception | None = None
-        """What every worker met at the same step."""
+        """Exception that all workers raised at the same step."""
 
-    def listen(self) -> None:
-        """Call back for what is new."""
+    def read_new(self) -> None:
+        """Apply the events appended since the last call; a line still being written has to wait."""
         if not self._path.exists():
             return
         with self._path.open("rb") as file:
-            file.seek(self._place)
-            news = file.read()
-        whole = news[: news.rfind(b"\n") + 1]
-        self._place += len(whole)
+            file.seek(self._offset)
+            appended = file.read()
+        whole = appended[: appended.rfind(b"\n") + 1]
+        self._offset += len(whole)
         for line in whole.splitlines():
             self._apply_event(**json.loads(line))
 
     def _apply_event(self, kind: str, about: dict[str, Any]) -> None:
         if kind == "epoch":
             metrics = EpochMetrics(**about)
-            if metrics.step > self._newest:  # after a restart, epochs are told again
-                self._newest = metrics.step
+            if metrics.step > self._last_step:  # after a restart, epochs are repeated
+                self._last_step = metrics.step
                 self._on_epoch(metrics)
         elif kind == "progress":
             self._on_progress(Progress(**about))
@@ -176,37 +188,38 @@ class _EventLog:
             self.failure = _FINAL[kind](about["sentence"])
 
 
-def _meeting_place() -> PrefixStore:
-    """Return the launcher's store, with names of their own for each attempt of the group.
+def _rendezvous_store() -> PrefixStore:
+    """Return the launcher's store with a prefix for this attempt of the group.
 
-    The launcher keeps one store for all attempts. Without the prefix, workers that are started anew
-    may find the addresses of those that died, and wait for whoever answers there now.
+    The launcher keeps one store for all attempts. Without a prefix, restarted workers can find the
+    addresses of dead ones, and wait for a process that has nothing to do with them.
     """
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    host = os.environ["MASTER_ADDR"]
+    port = int(os.environ["MASTER_PORT"])
     attempt = f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}"
-    store = TCPStore(host, port, is_master=False, timeout=_PATIENCE)
+    store = TCPStore(host, port, is_master=False, timeout=_TIMEOUT)
     return PrefixStore(attempt, store)
 
 
-def _work(folder: Path, device: Device) -> None:
+def _run_worker(folder: Path, device: Device) -> None:
     """Train as one worker of the group."""
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     distributed.init_process_group(
         "nccl" if device == "cuda" else "gloo",
-        store=_meeting_place(),
-        rank=rank,
-        world_size=world,
-        timeout=_PATIENCE,
+        store=_rendezvous_store(),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=_TIMEOUT,
     )
     if device == "cuda":
         torch.cuda.set_device(distributed.get_node_local_rank())
     leads = distributed.get_rank() == 0
+    # Mapped, not read: all workers of the machine share one copy of the images.
     digits = Digits(np.load(folder / "images.npy", mmap_mode="r"), np.load(folder / "labels.npy"))
     config = TrainingConfig.model_validate_json((folder / "config.json").read_text())
 
     def write(kind: str, about: dict[str, Any]) -> None:
         if leads:
-            with (folder / _TOLD).open("a") as file:
+            with (folder / _EVENTS).open("a") as file:
                 file.write(json.dumps({"kind": kind, "about": about}) + "\n")
 
     def stop_requested() -> str | None:
@@ -233,4 +246,4 @@ def _work(folder: Path, device: Device) -> None:
 
 
 if __name__ == "__main__":
-    _work(Path(sys.argv[1]), cast("Device", sys.argv[2]))
+    _run_worker(Path(sys.argv[1]), cast("Device", sys.argv[2]))

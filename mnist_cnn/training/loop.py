@@ -1,4 +1,4 @@
-"""Train the CNN on digits that are in memory: fast, repeatable, and resumable at any step."""
+"""The training loop: fast, repeatable, and resumable at any step."""
 
 import hashlib
 import json
@@ -39,36 +39,39 @@ __all__ = [
 Outcome = Literal["finished", "early stop", "time budget"]
 
 _SECONDS_BETWEEN_PROGRESS = 1.0
-# An epoch with less than this share of the best epoch's accuracy has collapsed, and a training that
-# ends with less than twice the accuracy of guessing has learnt nothing.
-_COLLAPSE, _GUESSING = 0.5, 1 / CLASSES
+
+_COLLAPSE = 0.5
+"""An epoch with less than this share of the best epoch's accuracy is a collapse."""
+
+_GUESSING = 1 / CLASSES
+"""Accuracy of guessing. A training that ends with less than twice as much has learnt nothing."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a training is, told about once a second."""
+    """Progress of a training, reported about once a second."""
 
     step: int
     steps: int
-    """The step after which it ends."""
+    """Steps of the whole training."""
     images_per_second: float
     seconds_left: float
 
 
 @dataclass(frozen=True)
 class EpochMetrics:
-    """What one epoch of training was seen to do; the last epoch may be a part of one."""
+    """Metrics of one epoch of training; the last epoch may be a partial one."""
 
     epoch: int
     step: int
-    """Optimizer steps taken when it ended."""
+    """Optimizer steps taken by its end."""
     loss: float
-    """Mean cross entropy against the smoothed labels over the epoch's images, nats."""
+    """Mean cross entropy over the images shown, against smoothed labels, nats."""
     accuracy: float
-    """Share of the images shown that were classified rightly as they went by; after the first
-    epoch those are the hard ones, several times."""
+    """Share of the images shown that were classified correctly before their step. After the first
+    epoch these are the hard images, each several times."""
     validation_loss: float | None
-    """Mean cross entropy of the images set aside, nats; None if there are none."""
+    """Mean cross entropy of the validation split, nats; None without one."""
     validation_accuracy: float | None
     images_per_second: float
     seconds_left: float
@@ -76,36 +79,39 @@ class EpochMetrics:
 
 @dataclass(frozen=True)
 class Training:
-    """A finished training: the model in eval mode on the CPU, and how it went."""
+    """A finished training: the model, in eval mode on the CPU, and its history."""
 
     model: DigitCNN
     history: list[EpochMetrics]
     device: str
     seconds: float
-    """Spent training, those before a resumption included."""
+    """Time of training, including that before a resume."""
     warmup_seconds: float
-    """Spent before that on compiling and warming up, by this call alone."""
+    """Time of compiling and warming up before it, in this call alone."""
     outcome: Outcome
     steps: int
     resumed_from: int | None
-    """The step of the checkpoint that it went on from; None if it began at the beginning."""
+    """Step of the checkpoint that it resumed from; None if it started from the first step."""
     micro_batch: int
     precision: str
     warnings: list[str]
-    """Sentences: checkpoints that were refused or could not be written, memory that ran out."""
+    """A sentence for each checkpoint refused or not written, and each time memory ran out."""
 
 
 class TrainingStopped(RuntimeError):
-    """Training was asked to stop and can be gone on with; the message says from where."""
+    """Training was stopped on request; it can be resumed if `saved`."""
 
     def __init__(self, reason: str, step: int, steps: int, *, saved: bool) -> None:
         kept = "run it again to go on from there" if saved else "there is no checkpoint of it"
         super().__init__(f"training was stopped at step {step} of {steps} ({reason}); {kept}")
-        self.reason, self.step, self.steps, self.saved = reason, step, steps, saved
+        self.reason = reason
+        self.step = step
+        self.steps = steps
+        self.saved = saved
 
 
 class AccuracyCollapsed(ArithmeticError):
-    """The network stopped knowing what it knew, or never learnt; the message says how much."""
+    """The training accuracy fell by half, or ended close to guessing."""
 
 
 def train(
@@ -118,25 +124,25 @@ def train(
     checkpoints: CheckpointStore | None = None,
     stop: Callable[[], str | None] = lambda: None,
 ) -> Training:
-    """Train a `DigitCNN`, going on from the newest valid checkpoint if there is one.
+    """Train a `DigitCNN`, resuming from the newest valid checkpoint if there is one.
 
-    `on_epoch` is called after each epoch that this call ends, `on_progress` about once a second.
-    `stop` is asked before each step; a reason ends the training with a last checkpoint and
-    `TrainingStopped`. In a process group of torch.distributed, every member calls this with the
-    same digits and config; the first one alone calls back and writes.
+    `on_epoch` is called after each epoch that ends in this call, `on_progress` about once a second.
+    `stop` is called before each step; if it returns a reason, training ends with a last checkpoint
+    and `TrainingStopped`. In a process group of torch.distributed, every member calls this function
+    with the same digits and config; only the first member uses the callbacks and writes.
 
-    Raises ValueError for digits or a config that cannot be trained with, FloatingPointError if the
-    loss or a weight stops being finite, AccuracyCollapsed.
+    Raises ValueError for unfit digits or config, FloatingPointError if the loss or a weight is not
+    finite, AccuracyCollapsed, and MemoryError if the device is too small.
     """
-    place = choose_device(device)
-    with kept_memory(), determinism(config.deterministic, place):
-        run = _Run(digits, config, place)
+    chosen = choose_device(device)
+    with kept_memory(), determinism(chosen, wanted=config.deterministic):
+        run = _Run(digits, config, chosen)
         return run.train(on_progress, on_epoch, checkpoints, stop)
 
 
 @dataclass
 class _State:
-    """What a checkpoint holds besides tensors."""
+    """State in a checkpoint besides tensors."""
 
     step: int = 0
     seconds: float = 0.0
@@ -145,16 +151,18 @@ class _State:
 
 
 class _Run:
-    """One training: what stays, and the state that moves."""
+    """One training: its configuration, loader and learner, and the state that advances."""
 
-    def __init__(self, digits: Digits, config: TrainingConfig, place: torch.device) -> None:
-        self._digits, self._config, self._recipe = digits, config, config.recipe()
-        self._place = place
+    def __init__(self, digits: Digits, config: TrainingConfig, device: torch.device) -> None:
+        self._digits = digits
+        self._config = config
+        self._recipe = config.recipe()
+        self._device = device
         grouped = distributed.is_available() and distributed.is_initialized()
         self._leads = not grouped or distributed.get_rank() == 0
         self._world = distributed.get_world_size() if grouped else 1
         rank = distributed.get_rank() if grouped else 0
-        self._batches = Batches(digits, config, place, rank, self._world)
+        self._batches = Batches(digits, config, device, rank, self._world)
         self._per_epoch = self._batches.per_epoch
         self._steps = max(config.min_steps, round(self._recipe.epochs * self._per_epoch))
         if not self._steps:
@@ -162,7 +170,7 @@ class _Run:
                 f"{self._recipe.epochs} epochs of {self._per_epoch} steps and min_steps "
                 f"{config.min_steps} make zero steps; raise epochs or min_steps"
             )
-        self._learner = Learner(config, place, self._batches.share, self._world)
+        self._learner = Learner(config, device, self._batches.share, self._world)
         self._state = _State()
 
     def train(
@@ -181,18 +189,19 @@ class _Run:
         try:
             self._loop(on_progress, on_epoch, writer, stop)
             if writer:
-                writer.submit(self._snapshot())
+                writer.submit(self._checkpoint())
         finally:
             if writer:
                 writer.close()
                 warnings += writer.failures
         self._check_finite()
         model = self._learner.model
+        # Statistics of the final weights; during training no running average is kept.
         model.calibrate(self._batches.sample())
         return Training(
             model=model.cpu(),
             history=self._state.history,
-            device=str(self._place),
+            device=str(self._device),
             seconds=self._state.seconds,
             warmup_seconds=warmup_seconds,
             outcome=self._state.outcome,
@@ -210,9 +219,12 @@ class _Run:
         writer: Writer | None,
         stop: Callable[[], str | None],
     ) -> None:
-        state, first, before = self._state, self._state.step, self._state.seconds
-        began = told = time.perf_counter()
-        epoch_first, epoch_began = first, began
+        state = self._state
+        first = state.step
+        before = state.seconds
+        began = reported = time.perf_counter()
+        epoch_first = first
+        epoch_began = began
         batches = self._batches.start(first)
         while state.step < self._steps and state.outcome == "finished":
             reason, spent = self._check_stop(stop)
@@ -226,7 +238,7 @@ class _Run:
             state.step += 1
             ends = state.step % self._per_epoch == 0 or state.step == self._steps
             if ends:
-                self._check_finite()  # waits for the device, so that the clock tells the truth
+                self._check_finite()  # waits for the device, so the clock covers all of its work
             now = time.perf_counter()
             state.seconds = before + now - began
             left = (now - began) / (state.step - first) * (self._steps - state.step)
@@ -235,42 +247,49 @@ class _Run:
                 metrics = self._end_epoch(pace, left)
                 if self._leads:
                     on_epoch(metrics)
-                epoch_first, epoch_began = state.step, time.perf_counter()
+                epoch_first = state.step
+                epoch_began = time.perf_counter()  # without the validation
             if writer and state.step % self._config.checkpoint_every_steps == 0:
-                writer.submit(self._snapshot())
-            if self._leads and now - told >= _SECONDS_BETWEEN_PROGRESS:
-                told = now
+                writer.submit(self._checkpoint())
+            if self._leads and now - reported >= _SECONDS_BETWEEN_PROGRESS:
+                reported = now
                 pace = (state.step - first) * self._recipe.batch_size / (now - began)
                 on_progress(Progress(state.step, self._steps, pace, left))
 
     def _check_stop(self, stop: Callable[[], str | None]) -> tuple[str | None, bool]:
-        """Return why to stop, and whether the time is spent: the first process decides for all."""
+        """Return the reason to stop, or None, and True if the time budget is spent.
+
+        The first process decides for all: clocks differ, and a step needs every process.
+        """
         reason = stop() if self._leads else None
         budget = self._config.time_budget_seconds
         spent = budget is not None and self._state.seconds >= budget
         if self._world > 1:
-            said = torch.tensor([reason is not None, spent], dtype=torch.uint8, device=self._place)
-            distributed.broadcast(said, 0)
-            stopped, spent = (bool(word) for word in said.tolist())
+            flags = torch.tensor(
+                [reason is not None, spent], dtype=torch.uint8, device=self._device
+            )
+            distributed.broadcast(flags, 0)
+            stopped, spent = (bool(flag) for flag in flags.tolist())
             if stopped and reason is None:
                 reason = "the first process was asked to"
         return reason, spent
 
     def _halt(self, reason: str, writer: Writer | None) -> None:
         if writer:
-            writer.submit(self._snapshot())
+            writer.submit(self._checkpoint())
             writer.close()
         saved = writer is not None and writer.newest == self._state.step
         raise TrainingStopped(reason, self._state.step, self._steps, saved=saved)
 
     def _end_epoch(self, pace: float, left: float) -> EpochMetrics:
-        """Measure and remember the epoch, check its accuracy, decide on an early stop."""
+        """Record the epoch's metrics, check its accuracy, decide on an early stop."""
         state = self._state
         loss, right = self._learner.end_epoch()
+        # Rounded up: the last epoch may be a partial one.
         epoch = -(-state.step // self._per_epoch)
         images = (state.step - (epoch - 1) * self._per_epoch) * self._recipe.batch_size
         validated = None
-        if len(self._batches.aside):
+        if len(self._batches.holdout):
             validated = self._learner.validate(self._batches.sample(), self._batches.validation())
         metrics = EpochMetrics(
             epoch=epoch,
@@ -287,12 +306,14 @@ class _Run:
         patience = self._config.patience
         if patience is not None and state.step < self._steps:
             past = [each.validation_accuracy or 0.0 for each in state.history]
+            # Epochs since the first of the best.
             if len(past) - 1 - past.index(max(past)) >= patience:
                 state.outcome = "early stop"
         return metrics
 
     def _check_accuracy(self, metrics: EpochMetrics) -> None:
-        # An epoch of hard images alone falls as low only if a tenth of all labels are wrong.
+        # Later epochs show only hard images, whose accuracy is lower; but half of the best epoch's
+        # is reached unless a tenth of all labels are wrong.
         best = max(past.accuracy for past in self._state.history)
         floor = max(_COLLAPSE * best, 2 * _GUESSING if metrics.step == self._steps else 0)
         if metrics.accuracy < floor:
@@ -309,11 +330,11 @@ class _Run:
                 f"numbers: lower training.learning_rate ({self._recipe.learning_rate})"
             )
 
-    def _snapshot(self) -> Checkpoint:
+    def _checkpoint(self) -> Checkpoint:
         self._check_finite()
         live = self._tensors()
-        # Laid out here: if the writer's thread did it, OpenMP would keep threads for it too, find
-        # more of them than cores, and let each wait of training sleep: half as slow again.
+        # Made contiguous in this thread. In the writer's, OpenMP would start a second set of
+        # threads; with more threads than cores, each wait of training would sleep.
         plain = torch.contiguous_format
         copies = {
             name: tensor.detach().to("cpu", copy=True, memory_format=plain)
@@ -327,12 +348,16 @@ class _Run:
         return Checkpoint(self._state.step, self._identity, asdict(self._state) | position, copies)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Return the live tensors that a checkpoint must hold."""
+        """Return the live tensors of a checkpoint, by name."""
         return {**self._learner.state(), **self._batches.state()}
 
     @cached_property
     def _identity(self) -> dict[str, str]:
-        """Say what a checkpoint of this training belongs to."""
+        """Identity of this training: a checkpoint with another one is refused.
+
+        Data, config and code decide the result of a step. The interval of checkpoints, the time
+        budget and the micro-batch do not, so these may change before a resume.
+        """
         numbers = {
             **self._recipe.model_dump(),
             **self._config.model_dump(include={"min_steps", "seed", "validation_share"}),
@@ -348,7 +373,7 @@ class _Run:
         }
 
     def _resume(self, store: CheckpointStore) -> tuple[int | None, list[str]]:
-        """Restore the newest valid checkpoint; return its step, and why newer ones were refused."""
+        """Restore the newest valid checkpoint; return its step, and the refusals of newer ones."""
         checkpoint, refusals = newest_valid(store, self._identity)
         if checkpoint is None:
             return None, refusals
@@ -356,7 +381,7 @@ class _Run:
             for name, tensor in self._tensors().items():
                 tensor.copy_(checkpoint.tensors[name])
         past = checkpoint.progress
-        # A spent time budget may have been raised since; it is asked again.
+        # A spent time budget may have been raised since; it is checked again.
         outcome: Outcome = "early stop" if past["outcome"] == "early stop" else "finished"
         history = [EpochMetrics(**metrics) for metrics in past["history"]]
         self._state = _State(checkpoint.step, past["seconds"], outcome, history)
@@ -364,8 +389,9 @@ class _Run:
 
 
 def _code() -> str:
-    """Return a digest of this room's code and the network's, and torch's version."""
-    room, total = Path(__file__).parent, hashlib.sha256()
+    """Return a digest of the code of this room and of the network, and torch's version."""
+    room = Path(__file__).parent
+    total = hashlib.sha256()
     for module in [*sorted(room.glob("*.py")), room.parent / "model.py"]:
         total.update(module.read_bytes())
     return f"{total.hexdigest()[:16]} with torch {torch.__version__}"

@@ -1,4 +1,4 @@
-"""Write the CNN as ONNX, for onnxruntime: one image takes a fraction of what torch needs for it."""
+"""Export of the CNN to ONNX: onnxruntime needs a fraction of torch's time for one image."""
 
 from typing import Any
 
@@ -14,9 +14,9 @@ _TOLERANCE = 1e-3
 
 
 def to_onnx(model: DigitCNN) -> bytes:
-    """Return an ONNX file: `images`, uint8 (N, 28, 28), to `logits`, float32 (N, 10).
+    """Return an ONNX file that maps `images`, uint8 (N, 28, 28), to `logits`, float32 (N, 10).
 
-    Raises ValueError if onnxruntime's logits are not the model's.
+    Raises ValueError if onnxruntime's logits differ from the model's.
     """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
@@ -30,6 +30,8 @@ def to_onnx(model: DigitCNN) -> bytes:
         return output
 
     def tensors(layer: nn.Module) -> list[str]:
+        # The order of a layer's state is the order of ONNX's inputs; only `num_batches_tracked` of
+        # batch normalisation has no counterpart.
         names = [f"{len(nodes)}.{name}" for name in layer.state_dict() if "num_" not in name]
         for name in names:
             values = layer.state_dict()[name.partition(".")[2]].cpu().numpy()
@@ -37,7 +39,7 @@ def to_onnx(model: DigitCNN) -> bytes:
         return names
 
     folded = model.folded()
-    last = add("Cast", add("Unsqueeze", "images", "axis"), to=TensorProto.FLOAT)
+    last = add("Cast", add("Unsqueeze", "images", "axis"), to=TensorProto.FLOAT)  # (N, 1, 28, 28)
     for layer in folded.features:
         if isinstance(layer, nn.Conv2d):
             last = add("Conv", last, *tensors(layer), strides=list(layer.stride))
@@ -65,6 +67,7 @@ def _verify(content: bytes, model: DigitCNN) -> None:
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     with torch.inference_mode():
         expected = model(torch.from_numpy(images)).numpy()
+    # An operator that means something else in ONNX shows here, not in production.
     off = float(np.abs(session.run(None, {"images": images})[0] - expected).max())
     if not off < _TOLERANCE:
         raise ValueError(

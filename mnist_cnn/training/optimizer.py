@@ -1,7 +1,7 @@
 """The optimizer: orthogonalised momentum for filters, AdamW for everything else.
 
-Written out here because the first optimizer of `torch.optim` imports torch._dynamo, which takes
-over a second of a training that takes a few.
+AdamW is torch's function, not its class: the first object of a class of `torch.optim` imports
+torch._dynamo, which takes over a second of a training that takes a few.
 """
 
 from collections.abc import Iterable
@@ -9,6 +9,7 @@ from itertools import chain
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 # Newton-Schulz coefficients of Keller Jordan, Muon (2024), https://kellerjordan.github.io/posts/muon
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -65,17 +66,24 @@ class Optimizer:
             update = orthogonalise(direction.reshape(rows, -1)).view(weight.shape)
             weight.add_(update, alpha=-self._filter_rate * factor)
 
-        gradients = [_gradient(p) for p in self._rest]
-        first, second = _BETAS
-        torch._foreach_lerp_(self._mean, gradients, 1 - first)
-        torch._foreach_mul_(self._square, second)
-        torch._foreach_addcmul_(self._square, gradients, gradients, 1 - second)
-        spread = torch._foreach_sqrt(self._square)  # noqa: SLF001 - as above
-        torch._foreach_div_(spread, (1 - second**count) ** 0.5)
-        torch._foreach_add_(spread, _EPSILON)
-        rate = self._rate * factor
-        torch._foreach_mul_(self._rest, 1 - rate * self._weight_decay)
-        torch._foreach_addcdiv_(self._rest, self._mean, spread, -rate / (1 - first**count))
+        # `adamw` counts up by itself: a step counter for each parameter, on its device.
+        counts = torch.full((len(self._rest),), count - 1.0, device=self._rest[0].device)
+        adamw(
+            self._rest,
+            [_gradient(p) for p in self._rest],
+            self._mean,
+            self._square,
+            [],
+            list(counts.unbind()),
+            fused=True,
+            amsgrad=False,
+            beta1=_BETAS[0],
+            beta2=_BETAS[1],
+            lr=self._rate * factor,
+            weight_decay=self._weight_decay,
+            eps=_EPSILON,
+            maximize=False,
+        )
 
     def zero_grad(self) -> None:
         """Forget the gradients."""

@@ -1,4 +1,7 @@
-"""The recipes that decide what is learnt, and the configuration that chooses among them."""
+"""Training recipes, and the configuration that selects and adjusts one.
+
+The README of this room has the measurements behind the presets.
+"""
 
 from typing import Literal, Self
 
@@ -10,7 +13,7 @@ Preset = Literal["quick", "standard", "best"]
 
 
 class Recipe(BaseModel, frozen=True, extra="forbid"):
-    """The numbers that decide what is learnt; a preset is one of these."""
+    """Hyperparameters of training; each preset is a recipe."""
 
     epochs: float = Field(
         gt=0, le=1000, description="Images shown, in multiples of the training images."
@@ -18,24 +21,26 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     hard_share: float = Field(
         gt=0,
         le=1,
-        description="Every epoch but the first shows this share of the images alone, over and "
-        "over: those whose loss was largest when they were last shown.",
+        description="Share of the images that later epochs show, several times each: those whose "
+        "loss was largest when they were last shown. The first epoch shows all.",
     )
     batch_size: int = Field(ge=1, le=65536, description="Images a step.")
     norm_group: int = Field(ge=2, description="Images that share batch normalisation's statistics.")
-    channels: tuple[int, int, int, int] = Field(description="Filters of the four convolutions.")
+    channels: tuple[int, int, int, int] = Field(
+        description="Filters of the four convolutions, in their order."
+    )
     filter_rate: float = Field(gt=0, le=10, description="Peak learning rate of filters.")
     momentum: float = Field(ge=0, lt=1, description="Momentum of filters.")
-    learning_rate: float = Field(gt=0, le=10, description="Peak learning rate of everything else.")
-    weight_decay: float = Field(ge=0, le=1, description="AdamW's, for everything but filters.")
+    learning_rate: float = Field(gt=0, le=10, description="Peak learning rate of all else.")
+    weight_decay: float = Field(ge=0, le=1, description="AdamW's, of all but filters.")
     warmup: float = Field(ge=0, lt=1, description="Share of the steps with a rising rate.")
     label_smoothing: float = Field(ge=0, lt=1, description="Share of the target spread evenly.")
-    shift: int = Field(ge=0, le=4, description="Images move by up to so many pixels each way.")
-    degrees: float = Field(ge=0, le=45, description="Images turn by up to so much each way.")
+    shift: int = Field(ge=0, le=4, description="Most shift of an image each way, pixels.")
+    degrees: float = Field(ge=0, le=45, description="Most rotation of an image each way, degrees.")
     stretch: float = Field(
-        ge=0, le=0.5, description="Images shear and stretch by up to this share."
+        ge=0, le=0.5, description="Most shear and stretch of an image, share of its size."
     )
-    blur_every: int = Field(ge=0, description="Of so many images one is out of focus; 0: none.")
+    blur_every: int = Field(ge=0, description="One of this many images is blurred; 0: none.")
 
 
 # Chosen on the last 10,000 of MNIST's training images, never on its test split.
@@ -77,16 +82,16 @@ PROCEDURE = (
     "some are blurred, and, except with the preset `quick`, they are turned and stretched, afresh "
     "each time."
 )
-"""How every preset trains, for the model card; the numbers are in its recipe."""
+"""Description of training for the model card, true of every preset; the numbers are in a recipe."""
 
 
 class TrainingConfig(BaseModel, frozen=True, extra="forbid"):
-    """How the CNN is trained. The defaults are production's; an empty field is the preset's."""
+    """Configuration of training. The defaults are production's; an empty field is the preset's."""
 
     preset: Preset = Field(
         "standard",
-        description="quick: seconds, to see that all is well; standard: every week; "
-        "best: as accurate as this network gets.",
+        description="quick: for a trial, in seconds; standard: for every week; best: the highest "
+        "accuracy, in several times the time.",
     )
     epochs: float | None = Field(
         None,
@@ -104,42 +109,48 @@ class TrainingConfig(BaseModel, frozen=True, extra="forbid"):
         100,
         ge=0,
         le=1_000_000,
-        description="Optimizer steps at least: few images are shown in as many epochs as it takes.",
+        description="Least number of optimizer steps; a small data set is shown in more epochs to "
+        "reach it.",
     )
-    seed: int = Field(0, ge=0, lt=2**40, description="Same seed, same machine: the same weights.")
+    seed: int = Field(
+        0, ge=0, lt=2**40, description="The same seed on the same machine gives the same weights."
+    )
     validation_share: float = Field(
-        0.0, ge=0, le=0.5, description="Part of the training images set aside and measured on."
+        0.0, ge=0, le=0.5, description="Share of the training images held out for validation."
     )
     patience: int | None = Field(
         None,
         ge=1,
-        description="Stop after so many epochs without a better validation accuracy; "
+        description="Epochs without a better validation accuracy after which training stops; "
         "empty: never. Needs a validation share.",
     )
     time_budget_seconds: float | None = Field(
-        None, gt=0, description="Stop training after so long, with the model of then; empty: never."
+        None,
+        gt=0,
+        description="Longest training time. When it is spent, training ends with the model it has; "
+        "empty: no limit.",
     )
     precision: Precision = Field(
         "auto", description="Number format of convolutions; auto: bf16 where the hardware has it."
     )
     deterministic: bool = Field(
         default=True,
-        description="On a GPU: bitwise the same weights for the same seed, at the cost of speed. "
-        "A CPU repeats itself anyway.",
+        description="On a GPU: bitwise the same weights for the same seed, at the cost of speed. A "
+        "CPU gives the same weights anyway.",
     )
     compile: Literal["auto", "never", "always"] = Field(
         "auto",
-        description="torch.compile, before the clock starts; auto: on cuda alone. A CPU needs "
-        "a C++ compiler for it and takes longer than it spares.",
+        description="Use of torch.compile, during warm-up; auto: on cuda alone. A CPU needs a C++ "
+        "compiler for it, and compiling takes longer than it saves.",
     )
     checkpoint_every_steps: int = Field(
-        100, ge=1, description="Steps between checkpoints, if there is a place to keep them."
+        100, ge=1, description="Steps between checkpoints, where a store is given."
     )
     micro_batch: int | None = Field(
         None,
         ge=2,
-        description="Images on the device at a time, gradients being added up; "
-        "empty: what suits the device.",
+        description="Images on the device at a time; their gradients are accumulated. Empty: by "
+        "the device.",
     )
 
     @model_validator(mode="after")
@@ -152,10 +163,11 @@ class TrainingConfig(BaseModel, frozen=True, extra="forbid"):
         return self
 
     def recipe(self) -> Recipe:
-        """Return the preset's recipe with the fields that were set here."""
+        """Return the preset's recipe with the fields that are set here."""
         knobs = ("epochs", "batch_size", "learning_rate")
         given = {knob: getattr(self, knob) for knob in knobs if getattr(self, knob) is not None}
         preset = RECIPES[self.preset]
         batch = given.get("batch_size", preset.batch_size)
+        # A batch that the preset's groups do not divide is one group.
         group = preset.norm_group if batch % preset.norm_group == 0 else batch
         return preset.model_copy(update={**given, "norm_group": group})

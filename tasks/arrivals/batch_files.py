@@ -2,27 +2,27 @@
 
 A batch is a flat folder with an IDX pair (gzipped or not) or Parquet files in the Hugging Face
 image layout, `image` a struct whose `bytes` are a PNG and `label` an integer. Declared sizes are
-checked before anything is unpacked, and memory is bounded by the limits below, for any input.
+checked before anything is unpacked, and `tasks.arrivals.parser` parses in a child process with
+limits on memory and time, whatever the files do to the libraries that read them.
 Nothing here judges digits: images of any look and labels of any value are left to the expectations.
 """
 
 import io
+import json
+import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryFile
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mnist_cnn.digits import SIDE, Digits
-from mnist_cnn.idx import parse_idx
-from tasks.arrivals.parquet_pages import MAX_FOOTER_BYTES, MAX_ITEMS, BadPages, check_pages
-from tasks.arrivals.png_images import MAX_PNG_BYTES, MAX_SIDE, Size, decode
-
-if TYPE_CHECKING:
-    import pyarrow.parquet as pq
 
 MAX_IMAGES = 500_000
 """Maximum images in a batch: eight times MNIST, 392 MB of pixels. Send more as several batches."""
@@ -42,7 +42,18 @@ MAX_FILES = 200
 MAX_NAME = 200
 """Maximum characters in a file's name: less than the 255 bytes that file systems take."""
 
-_ROWS = 4096  # images decoded at a time: 3.2 MB, and the vectors of the row filters fit in a cache
+MAX_SIDE = 64
+"""Maximum height and width of an image, pixels: enough for 32 x 32 to reach the expectations."""
+
+PARSER_BYTES = 2 << 30
+"""Maximum address space of the child process: libraries 0.3, files 0.5, images 0.4 GB and room."""
+
+PARSER_SECONDS = 300
+"""Maximum processor time of the child process: five times what the largest batch takes."""
+
+PARSER_WAIT = 900
+"""Maximum wait for the child process, in seconds; other work may keep it from the processor."""
+
 MARKER = "_SUCCESS"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _IDX_NAME = re.compile(r"(.*)(images[.-]idx3|labels[.-]idx1)-ubyte(\.gz)?")
@@ -60,7 +71,7 @@ class RawBatch:
     """Images and labels of a batch: readable, of one size, and not judged yet.
 
     `images` is uint8 (N, height, width) with N of at least 1 and sides of 1 to `MAX_SIDE`;
-    `labels` is int64 (N,), of any value. The images may be a read-only view of the file.
+    `labels` is int64 (N,), of any value.
     """
 
     images: NDArray[np.uint8]
@@ -125,16 +136,58 @@ def _check_formats(names: list[str]) -> None:
 def parse_batch(files: Mapping[str, bytes]) -> RawBatch:
     """Return images and labels of a batch, in the order of its file names.
 
-    `files` maps names, relative to the batch's folder, to contents. Raises BadBatch and no other
-    error, for any content.
+    `files` maps names, relative to the batch's folder, to contents. They are parsed in a child
+    process. Raises BadBatch for any content that cannot be parsed, or not within the limits, and
+    RuntimeError if the child process does not work at all.
     """
     check_names({name: len(content) for name, content in files.items()})
-    names = sorted(name for name in files if name != MARKER)
-    if names[0].endswith(".parquet"):
-        return _parse_parquet({name: files[name] for name in names})
-    # The kind is "images" or "labels"; False sorts before True, so the labels come first.
-    labels, images = sorted(names, key=lambda name: "images" in _IDX_NAME.sub(r"\2", name))
-    return _parse_pair(images, files[images], labels, files[labels])
+    sizes = {name: len(content) for name, content in files.items() if name != MARKER}
+    # Through files: with pipes each side could wait for the other for ever.
+    with TemporaryFile() as sent, TemporaryFile() as parsed:
+        sent.write(json.dumps(sizes).encode() + b"\n")
+        sent.writelines(files[name] for name in sizes)
+        sent.seek(0)
+        _run_parser(sent, parsed)
+        parsed.seek(0)
+        if reason := parsed.readline().decode().rstrip("\n"):
+            raise BadBatch(reason)
+        images, labels = (np.load(parsed, allow_pickle=False) for _ in range(2))
+    return RawBatch(images, labels)
+
+
+def _run_parser(sent: IO[bytes], parsed: IO[bytes]) -> None:
+    """Run the parser; BadBatch if a limit, or a crash over these files, ends it."""
+    expected = (
+        f"expected files that take at most {PARSER_BYTES >> 20} MiB and {PARSER_SECONDS} seconds "
+        "to parse: write them again, or send them as several batches"
+    )
+    # A new interpreter, not a fork, which may hang where this process has threads.
+    command = [sys.executable, "-m", "tasks.arrivals.parser"]
+    # No credentials, and no threads or pools that reserve address space for each processor.
+    environment = {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "ARROW_DEFAULT_MEMORY_POOL": "system",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+    try:
+        ended = subprocess.run(  # noqa: S603 - it starts this project's own module
+            [*command, str(PARSER_BYTES), str(PARSER_SECONDS)],
+            stdin=sent,
+            stdout=parsed,
+            stderr=subprocess.PIPE,
+            env=environment,
+            timeout=PARSER_WAIT,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise BadBatch(
+            f"the batch is not parsed after {PARSER_WAIT} seconds; {expected}"
+        ) from error
+    if ended.returncode < 0:
+        name = signal.Signals(-ended.returncode).name
+        raise BadBatch(f"the batch ended the process that parsed it by {name}; {expected}")
+    if ended.returncode:
+        raise RuntimeError(f"the parser does not work: {ended.stderr.decode()[-2000:]}")
 
 
 def write_parquet(digits: Digits) -> bytes:
@@ -159,215 +212,3 @@ def write_parquet(digits: Digits) -> bytes:
 def _few(names: list[str]) -> str:
     shown = sorted(names)[:4]
     return ", ".join(shown) + (f" and {len(names) - 4} more" if len(names) > len(shown) else "")
-
-
-def _parse_pair(images: str, pixels: bytes, labels: str, digits: bytes) -> RawBatch:
-    """Parse an IDX pair, given as names and contents."""
-    # The labels first: they are small, and too many are refused before the images are unpacked.
-    label = _parse_idx(labels, digits, 1, MAX_IMAGES)
-    image = _parse_idx(images, pixels, 3, MAX_PIXELS)
-    if len(image) != len(label):
-        raise BadBatch(
-            f"{images} holds {len(image)} images but {labels} holds {len(label)} labels; "
-            "expected one label for each image"
-        )
-    if min(image.shape) < 1 or max(image.shape[1:]) > MAX_SIDE:
-        raise BadBatch(
-            f"{images} holds {' x '.join(map(str, image.shape))} pixels; expected images of at "
-            f"least 1 and at most {MAX_SIDE} pixels a side, at least one of them"
-        )
-    return RawBatch(image, label.astype(np.int64))
-
-
-def _parse_idx(name: str, content: bytes, dimensions: int, limit: int) -> NDArray[np.uint8]:
-    try:
-        array = parse_idx(content, name, limit)
-    except ValueError as error:
-        raise BadBatch(str(error)) from error
-    if array.ndim != dimensions:
-        raise BadBatch(
-            f"{name} has the magic {0x800 + array.ndim:#010x} of {array.ndim} dimensions; expected "
-            f"{0x800 + dimensions:#010x}, as its name says: were images and labels exchanged?"
-        )
-    return array
-
-
-def _parse_parquet(files: Mapping[str, bytes]) -> RawBatch:
-    """Parse Parquet files in two passes: count the rows of all, then decode a few thousand at once.
-
-    With the total known, images and labels are allocated once.
-    """
-    opened: dict[str, pq.ParquetFile] = {}
-    total = 0
-    for name, content in files.items():
-        opened[name] = _open_parquet(name, content)
-        rows = opened[name].metadata.num_rows
-        total += rows
-        if rows < 1 or total > MAX_IMAGES:
-            raise BadBatch(
-                f"{name} promises {rows} rows, {total} with the files before it; expected at most "
-                f"{MAX_IMAGES} in all"
-            )
-    side: Size | None = None  # of the first image that can be read; all others must have it
-    images = np.empty((total, 0, 0), np.uint8)  # allocated once the side is known
-    labels = np.empty(total, np.int64)  # (N,)
-    at = 0
-    for name, file in opened.items():
-        start = at
-        bad = 0
-        first = ""
-        for pngs, digits in _rows(name, file):
-            labels[at : at + len(pngs)] = digits
-            side, decoded, refused = decode(pngs, side)
-            if refused and not bad:
-                row, reason = next(iter(refused.items()))
-                first = f"the first, in row {at - start + row}, {reason}"
-            bad += len(refused)
-            # After a bad image the rest of the file is decoded only to count the bad ones.
-            if not bad:
-                if not images.size:
-                    images = _allocate(name, total, *decoded.shape[1:])
-                images[at : at + len(pngs)] = decoded  # (rows, height, width)
-            at += len(pngs)
-        if bad:
-            raise BadBatch(f"{name}: {bad} of {at - start} images cannot be read; {first}")
-    return RawBatch(images, labels)
-
-
-def _allocate(name: str, count: int, height: int, width: int) -> NDArray[np.uint8]:
-    """Allocate uint8 (count, height, width); BadBatch if that is more than `MAX_PIXELS`."""
-    if count * height * width > MAX_PIXELS:
-        raise BadBatch(
-            f"{name} begins {count} images of {height} x {width}, {count * height * width} pixels; "
-            f"expected at most {MAX_PIXELS}: send them as several batches"
-        )
-    return np.empty((count, height, width), np.uint8)
-
-
-def _printable(foreign: object) -> str:
-    """Return untrusted text as at most 200 ASCII characters, for use in a message."""
-    return ascii(str(foreign))[1:-1][:200]
-
-
-@contextmanager
-def _arrow(name: str) -> Iterator[None]:
-    """Raise BadBatch in place of Arrow's errors."""
-    import pyarrow as pa
-
-    try:
-        yield
-    except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
-        raise BadBatch(
-            f"{name} cannot be read as Parquet ({_printable(error)}); expected a whole "
-            "file, plain or dictionary encoded, not encrypted: write it again"
-        ) from error
-
-
-def _open_parquet(name: str, content: bytes) -> "pq.ParquetFile":
-    """Open a Parquet file after checking its pages, sizes and columns; BadBatch if one is wrong."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        check_pages(content, name, MAX_IMAGES, MAX_BATCH_BYTES)
-    except BadPages as error:
-        raise BadBatch(str(error)) from error
-    options: dict[str, Any] = {
-        "pre_buffer": False,
-        "thrift_string_size_limit": MAX_FOOTER_BYTES,
-        "thrift_container_size_limit": MAX_ITEMS,
-    }
-    with _arrow(name):
-        file = pq.ParquetFile(pa.BufferReader(content), **options)
-        schema = file.schema_arrow
-    _check_columns(name, schema)
-    # Opened again, now that `image.bytes` is known to exist.
-    with _arrow(name):
-        # As a dictionary, a value that a million rows repeat is one value in memory, not a million.
-        options |= {"metadata": file.metadata, "read_dictionary": ["image.bytes"]}
-        return pq.ParquetFile(pa.BufferReader(content), **options)
-
-
-def _check_columns(name: str, schema: Any) -> None:
-    """Raise BadBatch unless the schema has one `image` with binary `bytes` and one integer `label`.
-
-    Parquet allows the same name twice, so that columns are counted, not looked up.
-    """
-    import pyarrow as pa
-
-    for column in ("image", "label"):
-        found = len(schema.get_all_field_indices(column))
-        if found != 1:
-            raise BadBatch(
-                f"{name} has {found} columns {column!r} among {schema.names[:10]!a}; expected "
-                "one 'image' (struct of bytes and path) and one 'label' (integer)"
-            )
-    image = schema.field("image").type
-    label = schema.field("label").type
-    bytes_at = image.get_all_field_indices("bytes") if pa.types.is_struct(image) else []
-    held = image.field(bytes_at[0]).type if len(bytes_at) == 1 else image
-    if len(bytes_at) != 1 or not (pa.types.is_binary(held) or pa.types.is_large_binary(held)):
-        raise BadBatch(
-            f"{name} has images of type {_printable(image)}; expected struct<bytes: binary, "
-            "path: string> with a PNG in bytes"
-        )
-    if not pa.types.is_integer(label):
-        raise BadBatch(f"{name} has labels of type {_printable(label)}; expected integers, 0 to 9")
-
-
-def _rows(name: str, file: "pq.ParquetFile") -> Iterator[tuple[list[bytes | None], Any]]:
-    """Yield PNGs and labels of a few thousand rows at a time.
-
-    Raises BadBatch for a label that is null, a PNG that is too large, or another number of rows
-    than the footer states.
-    """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    promised = file.metadata.num_rows
-    seen = 0
-    nulls = 0
-    first_null = 0
-    pngs: list[bytes | None] = []
-    labels: list[NDArray[np.int64]] = []
-    with _arrow(name):
-        for part in _record_batches(file):
-            label = part["label"]
-            if label.null_count and not nulls:
-                first_null = seen + pc.index(label.is_null(), True).as_py()
-            nulls += label.null_count
-            (png,) = part["image"].flatten()  # with the nulls of the struct
-            # The longest value that a row uses, before any row's bytes become a Python object. The
-            # dictionary alone may hold values that no row uses.
-            longest = pc.max(pc.binary_length(png.dictionary).take(png.indices)).as_py() or 0
-            if longest > MAX_PNG_BYTES:
-                raise BadBatch(
-                    f"{name} has an image of {longest} bytes in rows {seen} to "
-                    f"{seen + len(part) - 1}; expected PNGs of at most {MAX_PNG_BYTES}"
-                )
-            seen += len(part)
-            if seen > promised:  # the arrays have no room for more
-                break
-            pngs += png.dictionary_decode().to_pylist()
-            # A null becomes 0 here and an error at the end, with the number of all nulls.
-            labels.append(label.fill_null(0).cast(pa.int64()).to_numpy())
-            if len(pngs) >= _ROWS:
-                yield pngs, np.concatenate(labels)
-                pngs = []
-                labels = []
-    if seen != promised:
-        more = "more" if seen > promised else str(seen)
-        raise BadBatch(f"{name} promises {promised} rows but holds {more}; write it again")
-    if pngs:
-        yield pngs, np.concatenate(labels)
-    if nulls:
-        raise BadBatch(
-            f"{name}: {nulls} of {seen} labels are null, the first in row {first_null}; expected "
-            "an integer in each row"
-        )
-
-
-def _record_batches(file: "pq.ParquetFile") -> Iterator[Any]:
-    """Yield a few thousand rows at a time; none spans row groups, whose dictionaries differ."""
-    for group in range(file.metadata.num_row_groups):
-        yield from file.iter_batches(_ROWS, [group], ["image.bytes", "label"], use_threads=False)

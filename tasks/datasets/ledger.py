@@ -1,12 +1,5 @@
 """The ledger of a data set: the verdict on every batch, which defines the present snapshot.
 
-    STORE/datasets/NAME/incoming/BATCH/…             dropped by producers
-    STORE/datasets/NAME/base.json                    the snapshot that all batches extend
-    STORE/datasets/NAME/ledger/000007-SHA256.json    the verdict on a batch, in force
-    STORE/datasets/NAME/ledger/000007-SHA256.settled its files have been moved
-    STORE/datasets/NAME/accepted/000007-BATCH/…      the report, and under files/ the batch
-    STORE/datasets/NAME/quarantine/000008-BATCH/…    likewise, with reason.json
-
 An entry is one object, written after its shards and before its files are moved: a crash before it
 has changed nothing, and after it the next ingest finishes the moves. The present snapshot is the
 base and the accepted batches in the order of the ledger, so that no second object has to agree with
@@ -14,23 +7,28 @@ it.
 """
 
 import hashlib
-from urllib.parse import quote
 
-from pydantic import BaseModel
-
-from tasks.datasets.snapshots import extend_snapshot, read_snapshot
+from mnist_cnn.record import Record
+from tasks import keys
+from tasks.datasets.snapshots import extend_snapshot, grow, is_written, read_snapshot
 from tasks.records import BatchFile, Snapshot, Verdict
 from tasks.services.s3 import Entry, Store
 
+_ENTRIES: dict[tuple[str, str], Verdict] = {}
+"""Entries that this process has read, by address and ETag: an entry is never changed."""
 
-class _Base(BaseModel, frozen=True):
+_PRESENT: dict[str, tuple[list[Verdict], Snapshot]] = {}
+"""The newest snapshot that this process has taken of each base, and the batches accepted by it."""
+
+
+class _Base(Record):
     snapshot: str
 
 
 def read_base(store: Store, dataset: str) -> Snapshot | None:
     """Return the base snapshot of a data set; None if no base was accepted yet."""
     try:
-        content = store.get(_base_name(dataset))
+        content = store.get(keys.base(dataset))
     except FileNotFoundError:
         return None
     return read_snapshot(store, dataset, _Base.model_validate_json(content).snapshot)
@@ -38,32 +36,50 @@ def read_base(store: Store, dataset: str) -> Snapshot | None:
 
 def write_base(store: Store, snapshot: Snapshot) -> None:
     """Make `snapshot` the base of its data set; an existing base stays."""
-    if not store.has(_base_name(snapshot.dataset)):
-        content = _Base(snapshot=snapshot.digest).model_dump_json()
-        store.put(_base_name(snapshot.dataset), content.encode())
+    name = keys.base(snapshot.dataset)
+    if not store.has(name):
+        store.put(name, _Base(snapshot=snapshot.digest).model_dump_json().encode())
 
 
 def read_ledger(store: Store, dataset: str) -> list[Verdict]:
-    """Return the verdict on every batch, in order."""
+    """Return the verdict on every batch, in order; an entry is read once a process."""
     # A name begins with the sequence number, padded with zeros, so these are in order.
-    names = store.names(_ledger(dataset))
-    return [
-        Verdict.model_validate_json(store.get(name)) for name in names if name.endswith(".json")
-    ]
+    entries = store.entries(keys.ledger(dataset))
+    return [_read_entry(store, entry) for entry in entries if entry.name.endswith(".json")]
+
+
+def _read_entry(store: Store, entry: Entry) -> Verdict:
+    known = store.address_of(entry.name), entry.etag
+    if known not in _ENTRIES:
+        _ENTRIES[known] = Verdict.model_validate_json(store.get(entry.name))
+    return _ENTRIES[known]
 
 
 def present_snapshot(store: Store, base: Snapshot, ledger: list[Verdict]) -> Snapshot:
     """Return the snapshot of the base and all accepted batches; write it if it is missing."""
-    snapshot = base
-    for verdict in ledger:
-        if verdict.accepted:
-            snapshot = extend_snapshot(store, snapshot, verdict.shards, verdict.arrived)
-    return snapshot
+    accepted = [verdict for verdict in ledger if verdict.accepted]
+    taken, snapshot = _PRESENT.get(base.address, ([], base))
+    if accepted[: len(taken)] != taken:
+        taken, snapshot = [], base
+    new = accepted[len(taken) :]
+    snapshots = [snapshot]
+    for verdict in new:
+        snapshots.append(grow(snapshots[-1], verdict.shards, verdict.arrived))
+    # Manifests are written in this order: the newest that exists has all before it. A run that died
+    # between a verdict and its manifest leaves the last one missing.
+    first = len(new)
+    while first and not is_written(store, snapshots[first]):
+        first -= 1
+    for parent, verdict in zip(snapshots[first:], new[first:], strict=False):
+        extend_snapshot(store, parent, verdict.shards, verdict.arrived)
+    _PRESENT[base.address] = accepted, snapshots[-1]
+    return snapshots[-1]
 
 
 def write_verdict(store: Store, verdict: Verdict) -> None:
     """Append a verdict to the ledger; from then on it is in force."""
-    store.put(f"{_stem(verdict)}.json", verdict.model_dump_json(indent=1).encode())
+    name = keys.verdict(verdict.dataset, verdict.sequence, verdict.digest)
+    store.put(name, verdict.model_dump_json(indent=1).encode())
 
 
 def settle(store: Store, verdict: Verdict) -> None:
@@ -71,36 +87,28 @@ def settle(store: Store, verdict: Verdict) -> None:
 
     A file that a producer has replaced since is left: it is part of another batch.
     """
-    incoming = incoming_folder(verdict.dataset, verdict.batch)
+    incoming = keys.incoming(verdict.dataset, verdict.batch)
     present = {entry.name.removeprefix(incoming): entry for entry in store.entries(incoming)}
     for file in verdict.files:
         # With another size or ETag it is not the file that was judged.
         entry = present.get(file.name)
         if entry and (entry.bytes, entry.etag) == (file.bytes, file.etag):
-            store.move(entry, f"{folder_of(verdict)}files/{_plain(file.name)}")
+            store.move(entry, folder_of(verdict, keys.kept_file(file.name)))
     # Last: without this marker, the next ingest moves the remaining files.
-    store.put(f"{_stem(verdict)}.settled", b"")
+    store.put(_settled(verdict), b"")
 
 
 def unsettled(store: Store, ledger: list[Verdict]) -> list[Verdict]:
     """Return the verdicts whose batches have not been moved completely."""
-    names = set(store.names(_ledger(ledger[0].dataset))) if ledger else set()
-    return [verdict for verdict in ledger if f"{_stem(verdict)}.settled" not in names]
+    names = set(store.names(keys.ledger(ledger[0].dataset))) if ledger else set()
+    return [verdict for verdict in ledger if _settled(verdict) not in names]
 
 
-def folder_of(verdict: Verdict) -> str:
-    """Return the folder of a judged batch: its files, its report and its reason.
-
-    The files lie in a folder of their own, since a producer may call one `reason.json`.
-    """
-    where = "accepted" if verdict.accepted else "quarantine"
-    name = f"{verdict.sequence:06d}-{_plain(verdict.batch)}"
-    return f"datasets/{verdict.dataset}/{where}/{name}/"
-
-
-def incoming_folder(dataset: str, batch: str = "") -> str:
-    """Return the folder into which producers drop a batch, or by default all batches."""
-    return f"datasets/{dataset}/incoming/{batch}{'/' if batch else ''}"
+def folder_of(verdict: Verdict, name: str = "") -> str:
+    """Return the folder of a judged batch, or the object of that name in it."""
+    return keys.judged(
+        verdict.dataset, verdict.sequence, verdict.batch, name, accepted=verdict.accepted
+    )
 
 
 def files_of(folder: str, entries: list[Entry]) -> list[BatchFile]:
@@ -121,19 +129,5 @@ def digest_files(files: list[BatchFile], contents: dict[str, bytes] | None) -> s
     return total.hexdigest()
 
 
-def _plain(name: str) -> str:
-    """Return a name without characters and dots that have a meaning in a file system."""
-    parts = [quote(part, safe="") for part in name.split("/")]
-    return "/".join(part.replace(".", "%2E") if not part.strip(".") else part for part in parts)
-
-
-def _base_name(dataset: str) -> str:
-    return f"datasets/{dataset}/base.json"
-
-
-def _ledger(dataset: str) -> str:
-    return f"datasets/{dataset}/ledger/"
-
-
-def _stem(verdict: Verdict) -> str:
-    return f"{_ledger(verdict.dataset)}{verdict.sequence:06d}-{verdict.digest}"
+def _settled(verdict: Verdict) -> str:
+    return keys.settled(verdict.dataset, verdict.sequence, verdict.digest)

@@ -1,10 +1,5 @@
 """Snapshots of a data set: immutable lists of shards, which are parts of a split.
 
-    STORE/datasets/NAME/shards/SHA256.parquet          images and labels, content-addressed
-    STORE/datasets/NAME/shards/SHA256.digests.npy      one row an image: its two digests
-    STORE/datasets/NAME/snapshots/SHA256.json          manifests, written last
-    STORE/datasets/NAME/snapshots/SHA256.profile.json  the distribution of the training images
-
 Every object is content-addressed, or computed from one that is: a repeat would write the same bytes
 to the same name, so that an object that exists is not written again.
 """
@@ -21,6 +16,7 @@ from numpy.typing import NDArray
 from expectations.image_table import image_table
 from expectations.reference import ReferenceProfile, reference_profile
 from mnist_cnn.digits import CLASSES, SIDE, Digits
+from tasks import keys
 from tasks.records import Shard, Snapshot, Split
 from tasks.services.s3 import Store
 
@@ -29,6 +25,9 @@ if TYPE_CHECKING:
 
 SHARD_IMAGES = 10_000
 """Maximum number of images in a shard: 7.8 MB before compression."""
+
+_DIGESTS: dict[str, NDArray[np.int64]] = {}
+"""Digests of the images that this process has read, by the digest of their shard."""
 
 
 def write_snapshot(
@@ -40,13 +39,13 @@ def write_snapshot(
     """
     table = image_table(train.images, train.labels)
     base = _snapshot(
-        store,
+        store.address,
         dataset,
         write_shards(store, dataset, train, table, origin),
         write_shards(store, dataset, test, image_table(test.images, test.labels), origin),
     )
     # An existing manifest means that its shards and profile exist too: they are written before it.
-    if not store.has(store.name_of(base.address)):
+    if not is_written(store, base):
         _write_manifest(store, base, reference_profile(table))
     return base
 
@@ -63,12 +62,8 @@ def extend_snapshot(
     `table` is the image table of the shards; without it they are read and measured again. The test
     split stays that of `parent`.
     """
-    # Batches need not be accepted in the order of their arrival.
-    until = max(until, parent.until or until)
-    grown = _snapshot(
-        store, parent.dataset, parent.train + shards, parent.test, parent.digest, until
-    )
-    if not store.has(store.name_of(grown.address)):
+    grown = grow(parent, shards, until)
+    if not is_written(store, grown):
         # Extended, not measured anew: the cost is that of the new images alone.
         profile = read_profile(parent)
         if table is not None:
@@ -79,6 +74,19 @@ def extend_snapshot(
                 profile = profile.extended(image_table(part.images, part.labels))
         _write_manifest(store, grown, profile)
     return grown
+
+
+def grow(parent: Snapshot, shards: list[Shard], until: datetime) -> Snapshot:
+    """Return what `extend_snapshot` returns, without writing it."""
+    # Batches need not be accepted in the order of their arrival.
+    until = max(until, parent.until or until)
+    train = parent.train + shards
+    return _snapshot(parent.store, parent.dataset, train, parent.test, parent.digest, until)
+
+
+def is_written(store: Store, snapshot: Snapshot) -> bool:
+    """Return True if the manifest of a snapshot exists, and therefore all that it stands for."""
+    return store.has(keys.manifest(snapshot.dataset, snapshot.digest))
 
 
 def write_shards(
@@ -106,7 +114,7 @@ def read_snapshot(store: Store, dataset: str, digest: str) -> Snapshot:
 
     Raises FileNotFoundError if there is none, ValueError if it was changed.
     """
-    name = f"datasets/{dataset}/snapshots/{digest}.json"
+    name = keys.manifest(dataset, digest)
     content = store.get(name)
     found = hashlib.sha256(content).hexdigest()
     if found != digest:
@@ -120,7 +128,8 @@ def read_snapshot(store: Store, dataset: str, digest: str) -> Snapshot:
 def read_profile(snapshot: Snapshot) -> ReferenceProfile:
     """Read the reference profile: the distribution of the snapshot's training images."""
     store = Store(snapshot.store)
-    return ReferenceProfile.model_validate_json(store.get(_profile_name(snapshot)))
+    content = store.get(keys.profile(snapshot.dataset, snapshot.digest))
+    return ReferenceProfile.model_validate_json(content)
 
 
 def read_split(snapshot: Snapshot, split: Split) -> Digits:
@@ -143,18 +152,18 @@ def read_digests(snapshot: Snapshot, split: Split) -> NDArray[np.int64]:
     """Return the exact and the near digest of each image of a split, int64 (N, 2).
 
     They are those of `image_table`. At 16 bytes an image, the digests of years of batches fit into
-    memory while a new batch is judged.
+    memory: those of a shard, which never change, are read once a process.
     """
     store = Store(snapshot.store)
-    parts = [
-        np.load(io.BytesIO(store.get(_digests_name(snapshot.dataset, shard.digest))))
-        for shard in snapshot.shards(split)
-    ]
-    return np.concatenate(parts)
+    for shard in snapshot.shards(split):
+        if shard.digest not in _DIGESTS:
+            content = store.get(keys.shard_digests(snapshot.dataset, shard.digest))
+            _DIGESTS[shard.digest] = np.load(io.BytesIO(content))
+    return np.concatenate([_DIGESTS[shard.digest] for shard in snapshot.shards(split)])
 
 
 def _snapshot(
-    store: Store,
+    store: str,
     dataset: str,
     train: list[Shard],
     test: list[Shard],
@@ -164,7 +173,7 @@ def _snapshot(
     # The digest is that of the manifest, which therefore leaves it out.
     unnamed = Snapshot(
         dataset=dataset,
-        store=store.address,
+        store=store,
         digest="",
         train=train,
         test=test,
@@ -183,8 +192,9 @@ def _manifest(snapshot: Snapshot) -> bytes:
 
 def _write_manifest(store: Store, snapshot: Snapshot, profile: ReferenceProfile) -> None:
     # The profile first: the manifest makes the snapshot exist.
-    store.put(_profile_name(snapshot), profile.model_dump_json().encode())
-    store.put(store.name_of(snapshot.address), _manifest(snapshot))
+    content = profile.model_dump_json().encode()
+    store.put(keys.profile(snapshot.dataset, snapshot.digest), content)
+    store.put(keys.manifest(snapshot.dataset, snapshot.digest), _manifest(snapshot))
 
 
 def _write_shard(
@@ -199,12 +209,12 @@ def _write_shard(
         labels=np.bincount(digits.labels, minlength=CLASSES).tolist(),
         origin=origin,
     )
-    name = _shard_name(dataset, shard.digest)
+    name = keys.shard(dataset, shard.digest)
     if not store.has(name):
         # The digests first: a shard that exists has them.
         packed = io.BytesIO()
         np.save(packed, digests)
-        store.put(_digests_name(dataset, shard.digest), packed.getvalue())
+        store.put(keys.shard_digests(dataset, shard.digest), packed.getvalue())
         # An image is one fixed-size binary value, so Arrow takes the array's memory as it is.
         pixels = pa.py_buffer(np.ascontiguousarray(digits.images))  # (N, 28, 28)
         binary = pa.FixedSizeBinaryArray.from_buffers(
@@ -220,7 +230,7 @@ def _write_shard(
 def _read_shard(store: Store, dataset: str, shard: Shard) -> Digits:
     import pyarrow.parquet as pq
 
-    name = _shard_name(dataset, shard.digest)
+    name = keys.shard(dataset, shard.digest)
     table = pq.read_table(io.BytesIO(store.get(name)))
     pixels = table["image"].combine_chunks().buffers()[1]  # buffer 0 is the validity bitmap
     part = Digits(
@@ -234,15 +244,3 @@ def _read_shard(store: Store, dataset: str, shard: Shard) -> Digits:
             "after it was accepted: restore it from a backup"
         )
     return part
-
-
-def _shard_name(dataset: str, digest: str) -> str:
-    return f"datasets/{dataset}/shards/{digest}.parquet"
-
-
-def _digests_name(dataset: str, digest: str) -> str:
-    return f"datasets/{dataset}/shards/{digest}.digests.npy"
-
-
-def _profile_name(snapshot: Snapshot) -> str:
-    return f"datasets/{snapshot.dataset}/snapshots/{snapshot.digest}.profile.json"

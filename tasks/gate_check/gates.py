@@ -8,7 +8,6 @@ lie under a prefix that is removed.
 import tempfile
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
 from prefect import get_run_logger
@@ -22,7 +21,8 @@ from tasks.decide import score
 from tasks.evaluate import evaluate_networks
 from tasks.records import ModelVersion, RejectedSnapshot, Snapshot, ValidatedSnapshot
 from tasks.registry.models import ModelUnusable, load_model
-from tasks.registry.versions import registry_errors
+from tasks.registry.versions import download
+from tasks.services.mlflow import registry_errors
 from tasks.services.s3 import Store
 from tasks.services.step import step
 
@@ -96,10 +96,8 @@ def check_decisions(
 @registry_errors("the champion to damage")
 def check_loading(champion: ModelVersion) -> GateResult:
     """Load a copy of the champion whose weights file is cut in half: it must be refused."""
-    import mlflow.artifacts
-
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(mlflow.artifacts.download_artifacts(champion.model, dst_path=folder))
+        copy = download(champion.model, folder)
         weights = copy / "data" / "model.pt2"
         weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
         try:

@@ -29,7 +29,6 @@ from tasks.registry.versions import (
     CHAMPION,
     PREVIOUS,
     Refused,
-    RegistryError,
     demand_same_artifacts,
     describe,
     find_version,
@@ -37,10 +36,10 @@ from tasks.registry.versions import (
     read_model,
     read_version,
     read_versions,
-    registry_errors,
 )
 from tasks.services.events import emit
 from tasks.services.lock import exclusive
+from tasks.services.mlflow import RegistryError, client, registry_errors
 from tasks.services.s3 import Store
 
 if TYPE_CHECKING:
@@ -119,9 +118,6 @@ def move_champion(
     A run may die after any step: a repeat finds the finished steps and continues with the next.
     Raises RegistryError if the champion is changed meanwhile by other means.
     """
-    from mlflow import MlflowClient
-
-    client = MlflowClient()
     name = version.name
     versions = read_versions(name)
     target = next(v for v in versions if str(v.version) == version.version)
@@ -131,14 +127,14 @@ def move_champion(
         move = plan_move(store, action, versions, target, champion=before, account=account)
         record_move(move, store)
         if present:
-            client.set_registered_model_alias(name, PREVIOUS, present.version)
+            client().set_registered_model_alias(name, PREVIOUS, present.version)
         # The limit binds our runs only. This finds moves by others, except in the last moment.
         if find_version(name, CHAMPION) != present:
             raise RegistryError(
                 f"the champion of {name} changed although this run held its concurrency limit; "
                 "nothing was promoted: somebody moves aliases by other means, find out who"
             )
-        client.set_registered_model_alias(name, CHAMPION, version.version)
+        client().set_registered_model_alias(name, CHAMPION, version.version)
         confirm(move, store)
         target = read_version(name, int(version.version))  # with the tag of the new move
     for move in moves_of(target):
@@ -192,9 +188,7 @@ def record_move(move: Move, store: Store) -> None:
 
     The tag first: a repeat finds the move there, and its object can be restored from it.
     """
-    from mlflow import MlflowClient
-
-    MlflowClient().set_model_version_tag(move.model, move.to_version, move.tag, move.content)
+    client().set_model_version_tag(move.model, move.to_version, move.tag, move.content)
     store.put(move.name, move.content.encode())
 
 
@@ -210,10 +204,8 @@ def settle_move(move: Move) -> None:
 
 def take_challenger_from(name: str, number: str) -> None:
     """Take the alias `challenger` from a version, if it has it. The caller holds `exclusive`."""
-    from mlflow import MlflowClient
-
     if read_model(name).aliases.get(CHALLENGER) == str(number):
-        MlflowClient().delete_registered_model_alias(name, CHALLENGER)
+        client().delete_registered_model_alias(name, CHALLENGER)
 
 
 def _emit(move: Move, target: "RegisteredVersion", store: Store) -> None:
@@ -236,8 +228,6 @@ def _emit(move: Move, target: "RegisteredVersion", store: Store) -> None:
 
 def append_description(name: str, number: str, text: str) -> None:
     """Append a paragraph to the description of a version, unless it is there."""
-    from mlflow import MlflowClient
-
-    description = MlflowClient().get_model_version(name, number).description or ""
+    description = client().get_model_version(name, number).description or ""
     if text not in description:
-        MlflowClient().update_model_version(name, number, f"{description}\n\n{text}".strip())
+        client().update_model_version(name, number, f"{description}\n\n{text}".strip())

@@ -11,8 +11,7 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel
-
+from mnist_cnn.record import Record
 from tasks.records import Snapshot
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ _PROJECT = "mnist-retraining"
 _NAME = re.compile(r"[\w.-]+")
 
 
-class Fingerprint(BaseModel, frozen=True):
+class Fingerprint(Record):
     """Origin of a candidate and of its verdict: equal fingerprints mean equal outcomes."""
 
     snapshot: str
@@ -41,8 +40,9 @@ class Fingerprint(BaseModel, frozen=True):
     """Digest of the versions of Python and the dependencies, and of the device."""
 
     def changes(self, other: "Fingerprint") -> list[str]:
-        """Return the names of the fields that differ."""
-        return [part for part, value in self if getattr(other, part) != value]
+        """Return the names of the fields that differ; the format is none of them."""
+        parts = self.model_dump(exclude={"format"})
+        return [part for part, value in parts.items() if getattr(other, part) != value]
 
 
 def fingerprint(
@@ -74,15 +74,15 @@ def fingerprint(
 
 
 @cache
-def digest_code(*rooms: str) -> str:
-    """Return the SHA-256 of all files of some of our packages, templates included; by default all.
+def digest_code(*paths: str) -> str:
+    """Return the SHA-256 of files, or of packages with their templates; by default of all of ours.
 
     Compiled files are left out.
     """
     root = Path(__file__).parents[2]
     total = hashlib.sha256()
-    for room in rooms or _ROOMS:
-        for file in sorted((root / room).rglob("*")):
+    for path in paths or _ROOMS:
+        for file in sorted([root / path, *(root / path).rglob("*")]):
             if file.is_file() and file.suffix != ".pyc":
                 total.update(f"{file.relative_to(root).as_posix()}\0".encode())
                 total.update(hashlib.sha256(file.read_bytes()).digest())

@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Literal
 from prefect import runtime
 from pydantic import BaseModel, ValidationError
 
+from mnist_cnn.record import Record
+from tasks import keys
 from tasks.services.s3 import Store
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ class Account(BaseModel, frozen=True):
     why: str
 
 
-class Move(BaseModel, frozen=True):
+class Move(Record):
     """A change of the champion, or the rejection of a challenger."""
 
     sequence: int
@@ -75,12 +77,12 @@ class Move(BaseModel, frozen=True):
     @property
     def name(self) -> str:
         """Name of its object in a store."""
-        return f"{folder_of(self.model)}{self.sequence:06d}-{self.digest}.json"
+        return keys.move(self.model, self.sequence, self.digest)
 
     @property
     def confirmation(self) -> str:
         """Name of the object that confirms that it was carried out."""
-        return f"{_confirmations(self.model)}{self.sequence:06d}-{self.digest}.json"
+        return keys.confirmation(self.model, self.sequence, self.digest)
 
     @property
     def tag(self) -> str:
@@ -88,10 +90,9 @@ class Move(BaseModel, frozen=True):
         return f"{_TAG}{self.sequence:06d}"
 
 
-class CarriedOut(BaseModel, frozen=True):
+class CarriedOut(Record):
     """Content of a confirmation, for people: only its name is ever evaluated."""
 
-    format: Literal[1] = 1
     move: str
     """Digest of the move."""
     when: datetime
@@ -108,15 +109,6 @@ class History:
     """Moves that are left only in the tags."""
     confirmed: frozenset[str] = frozenset()
     """Digests of the moves whose confirmation exists."""
-
-
-def folder_of(model: str) -> str:
-    """Return the folder of a registered model's moves in a store."""
-    return f"models/{model}/history/"
-
-
-def _confirmations(model: str) -> str:
-    return f"models/{model}/carried-out/"
 
 
 def check_history(stored: Mapping[str, bytes], tagged: Iterable[tuple[str, str]]) -> History:
@@ -211,11 +203,11 @@ def read_history(
     store: Store, model: str, versions: Iterable["RegisteredVersion"], *, restore: bool
 ) -> History:
     """Read all moves of a model; with `restore`, write lost objects again from their tags."""
-    names = store.names(folder_of(model))
+    names = store.names(keys.history(model))
     history = check_history({name: store.get(name) for name in names}, _tags(versions))
     for move in history.lost if restore else ():
         store.put(move.name, move.content.encode())
-    stems = [PurePosixPath(name).stem for name in store.names(_confirmations(model))]
+    stems = [PurePosixPath(name).stem for name in store.names(keys.carried_out(model))]
     return replace(history, confirmed=frozenset(stem.partition("-")[2] for stem in stems))
 
 
@@ -256,7 +248,7 @@ def plan_move(
             return own
     # The newest move, by tags and by objects: either may be lost.
     last = max(((move.sequence, move.digest) for move in tagged), default=(0, ""))
-    for name in store.names(folder_of(to.name))[-1:]:
+    for name in store.names(keys.history(to.name))[-1:]:
         sequence, _, digest = name.rpartition("/")[2].removesuffix(".json").partition("-")
         last = max(last, (int(sequence), digest))
     return Move(

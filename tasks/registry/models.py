@@ -2,10 +2,10 @@
 
 import os
 import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks.registry.versions import RegistryError, RegistryUnreachable, registry_errors
+from tasks.registry.versions import download
+from tasks.services.mlflow import RegistryError, RegistryUnreachable, registry_errors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,7 +21,6 @@ def load_model(address: str) -> "tuple[nn.Module, int]":
     The module maps uint8 (N, 28, 28) to float32 logits (N, 10). Raises ModelUnusable for a model
     that is gone or damaged, RegistryUnreachable if MLflow cannot deliver it now.
     """
-    import mlflow.artifacts
     import mlflow.pytorch
     import torch
     from mlflow.exceptions import MlflowException
@@ -30,8 +29,8 @@ def load_model(address: str) -> "tuple[nn.Module, int]":
     with tempfile.TemporaryDirectory() as folder:
         try:
             with registry_errors(f"the files of {address}"):
-                path = mlflow.artifacts.download_artifacts(address, dst_path=folder)
-            network: nn.Module = mlflow.pytorch.load_model(path)
+                path = download(address, folder)
+            network: nn.Module = mlflow.pytorch.load_model(str(path))
         except RegistryUnreachable:  # a RegistryError too, but no fault of the model
             raise
         except (RegistryError, MlflowException, OSError, RuntimeError) as error:
@@ -41,4 +40,4 @@ def load_model(address: str) -> "tuple[nn.Module, int]":
             ) from error
         # The stored graph works channel by channel; with weights in this order it is twice as fast.
         network.to(memory_format=torch.channels_last)
-        return network, (Path(path) / "data" / "model.pt2").stat().st_size
+        return network, (path / "data" / "model.pt2").stat().st_size

@@ -1,21 +1,27 @@
 """Read access to the MLflow model registry, with errors that name the cause and the remedy."""
 
 import hashlib
-import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http import HTTPStatus
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tasks.records import ModelVersion
 from tasks.registry.history import Move
-from tasks.services.addresses import without_credentials
+from tasks.services.mlflow import (
+    RegistryError,
+    RegistryUnreachable,
+    client,
+    none_if_missing,
+    registry_errors,
+)
 
 if TYPE_CHECKING:
-    from mlflow.entities.model_registry import ModelVersion as RegisteredVersion
-    from mlflow.entities.model_registry import RegisteredModel
+    import mlflow.entities.model_registry
+
+    RegisteredModel = mlflow.entities.model_registry.RegisteredModel
+    RegisteredVersion = mlflow.entities.model_registry.ModelVersion
 
 CHAMPION = "champion"
 PREVIOUS = "previous"
@@ -23,129 +29,65 @@ CHALLENGER = "challenger"
 
 _NEEDED_TAGS = ("snapshot", "verdict", "compared_with", "artifact_sha256", "accuracy")
 
-_AWAY = {
-    "INTERNAL_ERROR",  # MLflow's client uses it for failed connections, too
-    "TEMPORARILY_UNAVAILABLE",
-    "REQUEST_LIMIT_EXCEEDED",
-    "RESOURCE_EXHAUSTED",
-    "DEADLINE_EXCEEDED",
-    "CANCELLED",
-}
-"""Codes of MLflow's errors that are transient, so that a retry may succeed."""
-
-
-class RegistryError(RuntimeError):
-    """The registry failed a read that a decision depends on, or refused a write."""
-
-
-class RegistryUnreachable(RegistryError, ConnectionError):
-    """The MLflow server does not respond, or is too busy; worth another try."""
-
 
 class Refused(ValueError):
     """A person's request must not be carried out; the message gives the reason and the remedy."""
 
 
-@contextmanager
-def registry_errors(what: str) -> Iterator[None]:
-    """Raise RegistryError in place of MLflow's errors; `what` is the subject of its message.
-
-    It is a RegistryUnreachable if the server is away or busy. Works as a decorator, too.
-    """
-    from mlflow.exceptions import MlflowException
-    from requests import RequestException
-    from urllib3.exceptions import HTTPError
-
-    try:
-        yield
-    except (MlflowException, RequestException, HTTPError) as error:
-        address = os.environ["MLFLOW_TRACKING_URI"]
-        sentence = without_credentials(
-            f"{what} could not be read or written at {address} ({error})"
-        )
-        # Prefect logs the cause unchanged. Leave it out if the server's address holds a password.
-        cause = error if without_credentials(address) == address else None
-        if _is_away(error):
-            raise RegistryUnreachable(
-                f"{sentence}; nothing is promoted: repair the MLflow server and run again"
-            ) from cause
-        raise RegistryError(
-            f"{sentence}; nothing is promoted: correct what MLflow refuses and run again"
-        ) from cause
-
-
-def _is_away(error: Exception) -> bool:
-    """Return True for errors of MLflow's client, or of requests below it, that are transient."""
-    code = getattr(error, "error_code", None)
-    if code:
-        return code in _AWAY
-    response = getattr(error, "response", None)
-    busy = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS}
-    return (
-        response is None
-        or response.status_code in busy
-        or response.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR
-    )
-
-
 def find_version(name: str, alias: str) -> ModelVersion | None:
     """Return the version with an alias; None only if the registry responds that there is none."""
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    client = MlflowClient()
-    try:
-        version = client.get_registered_model(name).aliases.get(alias)
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return None
-        raise
-    return describe(client.get_model_version(name, version)) if version else None
+    model = none_if_missing(lambda: client().get_registered_model(name))
+    version = model.aliases.get(alias) if model else None
+    return describe(client().get_model_version(name, version)) if version else None
 
 
 def read_model(name: str) -> "RegisteredModel":
     """Return a registered model with its aliases; Refused if there is none of that name."""
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return MlflowClient().get_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
+    model = none_if_missing(lambda: client().get_registered_model(name))
+    if model is None:
         raise Refused(
             f"no model is registered as {name!r}; models are called DATASET-cnn: correct the name, "
             "or run train/weekly first"
-        ) from error
+        )
+    return model
 
 
 def read_versions(name: str) -> "list[RegisteredVersion]":
     """Return all versions of a model."""
-    from mlflow import MlflowClient
+    return list(_every(partial(client().search_model_versions, f"name = '{name}'")))
 
-    client = MlflowClient()
-    found: list[RegisteredVersion] = []
+
+def read_all_versions() -> "Iterator[tuple[RegisteredVersion, bool]]":
+    """Yield all versions of all models, each with whether it has an alias.
+
+    A search for versions leaves their aliases out, so these come from the models.
+    """
+    aliased = {
+        (model.name, str(number))
+        for model in _every(client().search_registered_models)
+        for number in model.aliases.values()
+    }
+    for version in _every(client().search_model_versions):
+        yield version, (version.name, str(version.version)) in aliased
+
+
+def _every(search: Callable[..., Any]) -> Iterator[Any]:
+    """Yield the results of a paged search of MLflow, page after page."""
     token = None
     while True:
-        page = client.search_model_versions(f"name = '{name}'", page_token=token)
-        found += page
+        page = search(page_token=token)
+        yield from page
         token = page.token
         if not token:
-            return found
+            return
 
 
 def read_version(name: str, number: int) -> "RegisteredVersion":
     """Return a version; Refused if there is none of that number, or it is half registered."""
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    try:
-        version = MlflowClient().get_model_version(name, str(number))
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
+    version = none_if_missing(lambda: client().get_model_version(name, str(number)))
+    if version is None:
         known = ", ".join(sorted((str(v.version) for v in read_versions(name)), key=int)) or "none"
-        raise Refused(f"{name} has no version {number}; its versions are: {known}") from error
+        raise Refused(f"{name} has no version {number}; its versions are: {known}")
     # A run that died while it registered the version may have left tags out.
     missing = [tag for tag in _NEEDED_TAGS if tag not in version.tags]
     if missing or version.status != "READY":
@@ -155,6 +97,13 @@ def read_version(name: str, number: int) -> "RegisteredVersion":
             "make another"
         )
     return version
+
+
+def register(model: str, name: str, tags: dict[str, str]) -> "RegisteredVersion":
+    """Register a logged model as the next version of a registered model."""
+    import mlflow
+
+    return mlflow.register_model(model, name, tags=tags)
 
 
 def moves_of(version: "RegisteredVersion") -> list[Move]:
@@ -194,15 +143,13 @@ def digest_artifacts(address: str) -> str:
 
     Raises Refused if there are none, RegistryUnreachable if MLflow cannot deliver them now.
     """
-    import mlflow.artifacts
-
     total = hashlib.sha256()
     cause = "no file is there"
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         try:
             with registry_errors(f"the artifacts of {address}"):
-                root = Path(mlflow.artifacts.download_artifacts(address, dst_path=folder))
+                root = download(address, folder)
         except RegistryUnreachable:
             raise
         except (RegistryError, OSError) as error:
@@ -219,6 +166,22 @@ def digest_artifacts(address: str) -> str:
             content = hashlib.sha256(file.read_bytes()).hexdigest()
             total.update(f"{file.relative_to(root).as_posix()} {content}\n".encode())
     return total.hexdigest()
+
+
+def download(address: str, folder: str) -> Path:
+    """Download the files of a model in MLflow under a folder; return where they are."""
+    import mlflow.artifacts
+
+    return Path(mlflow.artifacts.download_artifacts(address, dst_path=folder))
+
+
+def remove_artifacts(version: "RegisteredVersion") -> None:
+    """Remove all files of a version; the version itself stays."""
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    address = client().get_model_version_download_uri(version.name, version.version)
+    repository: Any = get_artifact_repository(address)  # its methods have no types
+    repository.delete_artifacts()
 
 
 def describe(version: "RegisteredVersion", snapshot: str | None = None) -> ModelVersion:

@@ -1,7 +1,7 @@
 """Records of a flow run, which hold through every resume and retry.
 
-    STORE/runs/FLOW_RUN/outcome.json   the state that the run ended in, written before it ends
-    STORE/runs/FLOW_RUN/NAME.json      a choice that a step fixed for the run before acting on it
+The outcome is the state that the run ended in, written before it ends. Any other record is a choice
+that a step fixed for the run before acting on it.
 
 Only a state of type COMPLETED is an outcome. A run that failed, for example for rejected data, is
 to be repaired and retried.
@@ -16,21 +16,22 @@ from typing import Literal, ParamSpec, TypeVar
 from prefect import get_run_logger, runtime
 from prefect.client.schemas import State
 from prefect.client.schemas.objects import StateType
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from mnist_cnn.record import Record
+from tasks import keys
 from tasks.services.s3 import Store
 from tasks.services.step import step
 
 P = ParamSpec("P")
-Record = TypeVar("Record", bound=BaseModel)
+R = TypeVar("R", bound=Record)
 
 _OUTCOME = "outcome"
 
 
-class Outcome(BaseModel, frozen=True):
+class Outcome(Record):
     """State in which a flow run completed."""
 
-    format: Literal[1] = 1
     name: str
     """Name of its state."""
     type: Literal["COMPLETED"]
@@ -86,12 +87,12 @@ def record_outcome(name: str, message: str, store: str) -> None:
     write_record(Store(store), _OUTCOME, outcome)
 
 
-def read_record(store: Store, name: str, kind: type[Record]) -> Record | None:
+def read_record(store: Store, name: str, kind: type[R]) -> R | None:
     """Return the record under a name for this flow run; None if there is none.
 
     Raises ValueError if there is one that cannot be read: the work that was done is then unknown.
     """
-    path = _path(name)
+    path = keys.record(runtime.flow_run.id, name)
     try:
         return kind.model_validate_json(store.get(path))
     except FileNotFoundError:
@@ -104,10 +105,7 @@ def read_record(store: Store, name: str, kind: type[Record]) -> Record | None:
         ) from error
 
 
-def write_record(store: Store, name: str, record: BaseModel) -> None:
+def write_record(store: Store, name: str, record: Record) -> None:
     """Write a record under a name for this flow run."""
-    store.put(_path(name), record.model_dump_json(indent=1).encode())
-
-
-def _path(name: str) -> str:
-    return f"runs/{runtime.flow_run.id}/{name}.json"
+    path = keys.record(runtime.flow_run.id, name)
+    store.put(path, record.model_dump_json(indent=1).encode())

@@ -1,10 +1,7 @@
 """A small S3 client: objects under `s3://BUCKET[/PREFIX]`.
 
-    STORE/datasets/NAME/…     arrivals, accepted data and the ledger: see tasks/datasets/ledger.py
-    STORE/runs/FLOW_RUN/…     the decisions of one run, with their reasons
-    STORE/models/NAME/…       the history of a registered model
-
-Endpoint and credentials come from boto3's own variables (`AWS_*`, `AWS_ENDPOINT_URL_S3`).
+Their names come from tasks/keys.py, endpoint and credentials from boto3's own variables (`AWS_*`,
+`AWS_ENDPOINT_URL_S3`).
 """
 
 import os
@@ -17,6 +14,7 @@ from functools import cache
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
+from tasks import keys
 from tasks.services.addresses import without_credentials
 from tasks.services.clock import read_date
 
@@ -189,7 +187,11 @@ class Store:
         return [entry.name for entry in self.entries(prefix)]
 
     def entries(self, prefix: str) -> list[Entry]:
-        """Return all objects under `prefix`, in order of their names."""
+        """Return all objects under `prefix`, in order of their names.
+
+        The empty objects by which consoles mark folders, whose names end with a slash, are left
+        out.
+        """
         with self._s3_errors():
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.bucket, Prefix=self._key(prefix)
@@ -199,6 +201,7 @@ class Store:
                 Entry(each["Key"][cut:], each["Size"], each["ETag"], each["LastModified"])
                 for page in pages
                 for each in page.get("Contents", [])
+                if not each["Key"].endswith("/")
             ]
         return sorted(found, key=lambda entry: entry.name)
 
@@ -226,12 +229,12 @@ class Store:
 
     def check(self) -> None:
         """Write an object, read it back and remove it: all that a run needs, checked before it."""
-        name = "check/write-and-read"
         content = b"the store can be written and read"
-        self.put(name, content)
-        if self.get(name) != content:
-            raise StorageRefused(f"{self.address_of(name)} does not hold what was written to it")
-        self.remove(name)
+        self.put(keys.CHECK, content)
+        if self.get(keys.CHECK) != content:
+            address = self.address_of(keys.CHECK)
+            raise StorageRefused(f"{address} does not hold what was written to it")
+        self.remove(keys.CHECK)
 
     def _present(self, name: str) -> Entry | None:
         return next((entry for entry in self.entries(name) if entry.name == name), None)

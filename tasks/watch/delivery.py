@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
+from mnist_cnn.record import Record
 from tasks.watch.messages import Message
 
 KEPT = timedelta(days=7)
@@ -20,7 +21,7 @@ KEPT = timedelta(days=7)
 
 _LATE_PAUSES = (timedelta(minutes=15), timedelta(hours=1), timedelta(hours=4))
 _FIRST_PAUSE = timedelta(minutes=4)
-"""After the first refusal, so that the next pass, five minutes later, is a retry."""
+"""After the first refusal; a pass comes every two minutes."""
 _REFUSALS = 10
 """The pauses double: the last attempt is a day and a half after the first."""
 _LONG_FORMS = 3
@@ -58,10 +59,9 @@ class Tries(BaseModel, frozen=True):
         return self.refused >= _LONG_FORMS
 
 
-class Delivery(BaseModel, frozen=True):
+class Delivery(Record):
     """A message and the state of its delivery to each block."""
 
-    format: int = 1
     message: Message
     sent: datetime
     """Time of the first attempt."""
@@ -69,8 +69,8 @@ class Delivery(BaseModel, frozen=True):
     """Blocks that took it."""
     owed: list[str]
     """Blocks that failed, or were not tried yet: they are tried again."""
-    tries: dict[str, Tries] = {}
-    given_up: dict[str, str] = {}
+    tries: dict[str, Tries] = Field({})
+    given_up: dict[str, str] = Field({})
     """Blocks that are not tried again, with the reason."""
 
     def due(self, now: datetime) -> list[str]:

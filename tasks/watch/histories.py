@@ -1,8 +1,7 @@
 """Verify the history of every model once a day, and report the broken ones.
 
-    STORE/watch/histories-verified.json    the last check of each, and since when one is unreadable
-
-A step of its own, because it needs MLflow, which may be away: that fails nothing here.
+A step of its own, because it needs MLflow, which may be away: that fails nothing here. The last
+check of each is stored, and since when one is unreadable.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,18 +9,20 @@ from datetime import datetime, timedelta
 
 from prefect import get_run_logger
 from prefect.client.orchestration import get_client
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
+from mnist_cnn.record import Record
+from tasks import keys
 from tasks.registry.aliases import verify_history
-from tasks.registry.versions import Refused, RegistryError, RegistryUnreachable
+from tasks.registry.versions import Refused
 from tasks.services.clock import server_time
 from tasks.services.lock import Busy
+from tasks.services.mlflow import RegistryError, RegistryUnreachable
 from tasks.services.s3 import Store
 from tasks.services.step import step
 from tasks.watch.messages import Situation, UnreadHistory, compose
 from tasks.watch.notifications import Outbox, find_recipients
 
-_RECORD = "watch/histories-verified.json"
 _EVERY = timedelta(days=1)
 _AGAIN = timedelta(hours=1)
 """After a failure: MLflow's client itself waits for minutes where the server is away."""
@@ -39,11 +40,10 @@ class Check(BaseModel, frozen=True):
         return now - self.tried >= (_AGAIN if self.unread_since else _EVERY)
 
 
-class Checks(BaseModel, frozen=True):
+class Checks(Record):
     """The last check of each model, by its name."""
 
-    format: int = 1
-    models: dict[str, Check] = {}
+    models: dict[str, Check] = Field({})
 
 
 @step
@@ -69,7 +69,7 @@ def notify_of_histories(store: str) -> list[str]:
     situation = Situation(now=now, broken=broken, unread=tuple(unread))
     sent = Outbox(recipients, s3, now).send(compose(situation))
     # Last: a step that dies before it is repeated, and no message is lost.
-    s3.put(_RECORD, checks.model_dump_json(indent=1).encode())
+    s3.put(keys.HISTORIES_VERIFIED, checks.model_dump_json(indent=1).encode())
     for model, reason in failed.items():
         get_run_logger().warning(
             "the history of %s was not verified, and is tried again in an hour: %s", model, reason
@@ -80,7 +80,7 @@ def notify_of_histories(store: str) -> list[str]:
 
 def find_models(store: Store) -> list[str]:
     """Return the models that have a history in the store."""
-    return sorted(store.folders("models/"))
+    return sorted(store.folders(keys.MODELS))
 
 
 def verify_histories(store: Store, models: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -138,6 +138,6 @@ def _is_due(check: Check | None, now: datetime) -> bool:
 
 def _read_checks(store: Store) -> Checks:
     try:
-        return Checks.model_validate_json(store.get(_RECORD))
+        return Checks.model_validate_json(store.get(keys.HISTORIES_VERIFIED))
     except FileNotFoundError:
         return Checks()

@@ -4,12 +4,9 @@ Every block that can notify and is called `retraining` or `retraining-…` is us
 `make notify`, and those that a person makes in the UI under Blocks (Slack Webhook, Microsoft Teams
 Webhook, Discord Webhook, Mattermost, PagerDuty, Opsgenie, Twilio, Sendgrid …).
 
-    STORE/messages/KEY.json     a message, the blocks that took it, and those that still have to
-    STORE/watch/last-look.json  the time up to which all events were reported
-
-The address of a block is as secret as a password. None is ever logged, recorded or put into an
-error: the reason for a failure is in our own words, never in those of a library, which may quote
-addresses.
+Each message is stored with the blocks that took it and those that still have to. The address of a
+block is as secret as a password. None is ever logged, recorded or put into an error: the reason for
+a failure is in our own words, never in those of a library, which may quote addresses.
 """
 
 import asyncio
@@ -32,8 +29,10 @@ from prefect.blocks.abstract import NotificationBlock, NotificationError
 from prefect.blocks.core import Block
 from prefect.blocks.notifications import AbstractAppriseNotificationBlock
 from prefect.client.orchestration import get_client
-from pydantic import BaseModel, SecretStr
+from pydantic import SecretStr
 
+from mnist_cnn.record import Record
+from tasks import keys
 from tasks.services.clock import server_time
 from tasks.services.s3 import Store
 from tasks.services.step import step
@@ -53,9 +52,6 @@ TIME_LIMIT = 20.0
 """Seconds that a block has for one message. More than Apprise waits for a connection, 4, and for an
 answer, 12 at most (deployments/notify.py): otherwise a message that a slow block takes would count
 as not taken."""
-
-FOLDER = "messages/"
-_LAST_LOOK = "watch/last-look.json"
 
 _LOOK_BACK = timedelta(hours=48)
 """Time that each pass looks back at least; the first pass looks back no further."""
@@ -87,10 +83,9 @@ class Recipient:
     load: Callable[[], NotificationBlock]
 
 
-class LastLook(BaseModel, frozen=True):
+class LastLook(Record):
     """The time of the last pass, which reported all events until then."""
 
-    format: int = 1
     looked: datetime
 
 
@@ -239,13 +234,13 @@ class Outbox:
         self._blocked = set[str]()
         self._store = store
         self._now = now
-        self._entries = {entry.name: entry for entry in store.entries(FOLDER)}
+        self._entries = {entry.name: entry for entry in store.entries(keys.MESSAGES)}
         self._logger = get_run_logger()
 
     @property
     def keys(self) -> set[str]:
         """The keys of all messages that were sent."""
-        return {name.removeprefix(FOLDER).removesuffix(".json") for name in self._entries}
+        return {name.removeprefix(keys.MESSAGES).removesuffix(".json") for name in self._entries}
 
     def retry(self, since: datetime) -> None:
         """Send the messages that are owed from earlier passes; `since` is the time of the last one.
@@ -289,7 +284,7 @@ class Outbox:
         results = self._send(before, names)
         after = settle(before, results, self._now)
         self._note(after, results)
-        name = f"{FOLDER}{before.message.key}.json"
+        name = keys.message(before.message.key)
         self._store.put(name, after.model_dump_json(indent=1).encode())
         return len(after.taken) > len(before.taken)
 
@@ -337,14 +332,14 @@ def notify_people(store: str) -> list[str]:
     outbox.retry(min(now, last or now))
     sent = outbox.send(compose(situation))
     # Last: a task that dies before it looks back to the same time again.
-    s3.put(_LAST_LOOK, LastLook(looked=now).model_dump_json().encode())
+    s3.put(keys.LAST_LOOK, LastLook(looked=now).model_dump_json().encode())
     return [message.subject for message in sent]
 
 
 def read_last_look(store: Store) -> datetime | None:
     """Return the time of the last pass; None if there was none."""
     try:
-        return LastLook.model_validate_json(store.get(_LAST_LOOK)).looked
+        return LastLook.model_validate_json(store.get(keys.LAST_LOOK)).looked
     except FileNotFoundError:
         return None
 

@@ -97,8 +97,8 @@ def _judge_death(run: FlowRun, state: State, past: Sequence[State], *, settled: 
 def recover_runs() -> list[str]:
     """Resume crashed runs and end those that never started; return a sentence for each run.
 
-    It waits, two minutes at most, for deaths that are not settled yet: the next pass is five
-    minutes away.
+    It waits, two minutes at most, for deaths that are not settled yet: the next pass may be that
+    far away.
     """
     done = list[Remedy]()
     ends = time.monotonic() + _MOST_SECONDS

@@ -13,6 +13,7 @@ from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTag
 from prefect.client.schemas.objects import DeploymentSchedule
 from prefect.client.schemas.responses import DeploymentResponse
 
+from tasks import keys
 from tasks.runs.turn import TAG
 from tasks.services.s3 import Store
 from tasks.services.step import step
@@ -47,6 +48,10 @@ def _find_emptied(
                 schedule.slug
                 and not schedule.parameters
                 # Every data set of the store has a base; any other slug does not name one.
-                and store.names(f"datasets/{schedule.slug}/base")
+                and _has_base(store, schedule.slug)
             ):
                 yield deployment, schedule
+
+
+def _has_base(store: Store, dataset: str) -> bool:
+    return store.has(keys.base(dataset)) or bool(store.names(keys.archives(dataset)))

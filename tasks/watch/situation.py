@@ -28,6 +28,7 @@ from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.utilities.urls import url_for
 
+from tasks import keys
 from tasks.records import RunSummary, Verdict
 from tasks.runs.turn import OVERTAKEN, TAG
 from tasks.services.s3 import StorageRefused, Store
@@ -233,7 +234,7 @@ def _ended(
 def _with_summary(run: EndedRun, store: object) -> EndedRun:
     """Add the summary of a run, if it wrote one."""
     try:
-        written = Store(str(store)).get(f"runs/{run.id}/summary.json")
+        written = Store(str(store)).get(keys.record(run.id, "summary"))
     except (FileNotFoundError, StorageRefused, ValueError):
         # It ended before it wrote one, or its store is invalid or gone: the state is enough.
         return run
@@ -252,8 +253,7 @@ def _read_refused(
         if subject.store != home:
             continue
         store = Store(subject.store)
-        folder = f"datasets/{subject.dataset}/ledger/"
-        for entry in store.entries(folder):
+        for entry in store.entries(keys.ledger(subject.dataset)):
             if entry.name.endswith(".json") and entry.modified >= since:
                 verdict = Verdict.model_validate_json(store.get(entry.name))
                 if not verdict.accepted and verdict.sequence > reported.get(subject.dataset, 0):

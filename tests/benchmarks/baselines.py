@@ -13,6 +13,7 @@ process, as theirs do on a CPU. The file is read, and whatever they track or log
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -50,7 +51,8 @@ class ImageByImage(Dataset[Item]):
 
     def __getitem__(self, index: int) -> Item:
         if isinstance(self.images, pd.DataFrame):
-            file, label = self.images.loc[index, "image"], self.images.loc[index, "label"]
+            file: Any = self.images.loc[index, "image"]
+            label: Any = self.images.loc[index, "label"]
             return self.transform(Image.open(io.BytesIO(file["bytes"]))), int(label)
         return self.transform(Image.fromarray(self.images[index])), self.labels[index]
 

@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from prefect.logging import disable_run_logger
@@ -32,9 +33,10 @@ from expectations.reference import reference_profile
 from expectations.validation import validate_batch
 from mnist_cnn.digits import Digits
 from mnist_cnn.idx import write_idx
+from tasks import keys
 from tasks.arrivals.batch_files import write_parquet
-from tasks.datasets.base import fetch_mnist
 from tasks.datasets.ledger import present_snapshot, read_base, read_ledger, write_base
+from tasks.datasets.mirror import fetch_mnist
 from tasks.datasets.snapshots import write_snapshot
 from tasks.services.s3 import DEFAULT_STORE, Store
 
@@ -59,7 +61,7 @@ def _pair(digits: Digits, pack: Callable[[bytes], bytes], end: str) -> Files:
 def drop(store: Store, dataset: str, batch: str, digits: Digits, form: str) -> None:
     """Put a batch where producers put it."""
     for name, content in FORMATS[form](digits).items():
-        store.put(f"datasets/{dataset}/incoming/{batch}/{name}", content)
+        store.put(keys.incoming(dataset, batch, name), content)
 
 
 def take(dataset: str, batches: list[str]) -> None:
@@ -67,11 +69,13 @@ def take(dataset: str, batches: list[str]) -> None:
     from tasks.ingest import ingest_batch
 
     base = read_base(Store(DEFAULT_STORE), dataset)
+    assert base
     for batch in batches:
         began = time.perf_counter()
         with disable_run_logger():
             verdict = ingest_batch.fn(base, batch, None)
         took = time.perf_counter() - began
+        assert verdict
         peak = next(
             int(line.split()[1]) / 1024
             for line in Path("/proc/self/status").read_text().splitlines()
@@ -81,7 +85,7 @@ def take(dataset: str, batches: list[str]) -> None:
         print(json.dumps(about | {"seconds": took, "peak_mib": peak}), flush=True)
 
 
-def measure(train: Digits, test: Digits, batches: int) -> list[dict]:
+def measure(train: Digits, test: Digits, batches: int) -> list[dict[str, Any]]:
     """Return one row a batch, for each format."""
     store, rows = Store(DEFAULT_STORE), []
     for form in FORMATS:

@@ -13,6 +13,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import mlflow
@@ -50,7 +51,8 @@ def make_version(name: str, number: int) -> ModelVersion:
         decisions=1,
         level=0.025,
     )
-    measured = Evaluation.model_construct(accuracy=0.99, outcomes="s3://bucket/outcomes.npz")
+    known: dict[str, Any] = {"accuracy": 0.99, "outcomes": "s3://bucket/outcomes.npz"}
+    measured = Evaluation.model_construct(**known)
     return register_candidate.fn(candidate, measured, decision, f"s3://bucket/{number}.json")
 
 

@@ -14,6 +14,8 @@ from mnist_cnn.model import DigitCNN
 from mnist_cnn.sample import embedded_sample
 from tests.benchmarks import baselines, measure, training
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _sample_and_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -103,6 +105,21 @@ def test_one_command_prints_a_table_and_writes_json(tmp_path: Path) -> None:
     assert 0 < report["training"]["quick"]["gemm_share"]["mean"] < 1
     assert report["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert "test accuracy %" in done.stdout
+
+
+def test_the_table_of_presets_replaces_the_one_in_the_readme(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    before = training.README.read_text()
+    readme.write_text(before)
+    result = {"seconds": 2.0, "cpu_seconds": 4.0, "accuracy": 0.99, "epochs": 2.0}
+    runs: list[training.Job] = [{"preset": "standard", "result": dict(result)} for _ in range(2)]
+    table = training.preset_table(training.summarise(runs), {"cores": 2, "cpu": "a CPU"})
+    training.write_table(table, readme)
+    training.write_table(table, readme)
+    after = readme.read_text()
+    assert "| `standard` | 2 | 99.00 ±0.00 | 2.0 ±0.0 | - |\n\n2 cores of a CPU.\n" in after
+    assert after.partition(training.BEGIN)[0] == before.partition(training.BEGIN)[0]
+    assert after.partition(training.END)[2] == before.partition(training.END)[2]
 
 
 def test_an_address_must_be_given(monkeypatch: pytest.MonkeyPatch) -> None:

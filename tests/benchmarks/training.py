@@ -2,9 +2,11 @@
 
     MNIST_MIRROR=file:///folder/with/the/four/archives python tests/benchmarks/training.py
 
+`--write` puts the table of presets into `mnist_cnn/training/README.md`.
+
 Each measurement runs in a process of its own. The seed system's recipe runs before, between and
-after ours, and every ratio is to the two runs of it that stand around, because machines drift. The
-test split is looked at once a run, after training. Nothing here passes or fails: read the table.
+after ours, and every ratio is to its two runs nearest in time, because machines drift. The test
+split is used once a run, after training. Nothing here passes or fails.
 """
 
 import argparse
@@ -20,6 +22,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+README = ROOT / "mnist_cnn/training/README.md"
+BEGIN = "<!-- presets: tests/benchmarks/training.py --write -->"
+END = "<!-- end of presets -->"
 PRESETS = {"quick": 1.0, "standard": 1.0, "best": 0.5}
 """Each preset's share of `--seeds`."""
 ONLY = ["peers", *PRESETS, "profile", "inference", "checkpointing", "memory"]
@@ -72,17 +77,17 @@ def run(job: Job, device: str, threads: int | None) -> Job:
 
 
 def name_of(job: Job) -> str:
-    """Return what the tables call a training."""
+    """Return the name of a training in the tables."""
     return str(job.get("name") or job["preset"])
 
 
 def full_seconds(result: Job, key: str = "seconds") -> float:
-    """Return the seconds of the whole recipe: a peer's missing epochs are extrapolated."""
+    """Return the seconds of the whole recipe; a peer's missing epochs are extrapolated."""
     return float(result[key] * result.get("published_epochs", result["epochs"]) / result["epochs"])
 
 
 def add_ratios(runs: list[Job]) -> None:
-    """Give each training its wall time over the mean of the seed recipe's runs around it."""
+    """Add to each training the ratio of its time to the mean of the seed recipe's around it."""
     peers = [i for i, job in enumerate(runs) if job.get("name") == "seed"]
     for i, job in enumerate(runs):
         around = [*[p for p in peers if p < i][-1:], *[p for p in peers if p > i][:1]]
@@ -98,7 +103,7 @@ def mean_spread(values: list[float]) -> dict[str, float]:
 
 
 def summarise(runs: list[Job]) -> dict[str, Job]:
-    """Return n, mean and spread of everything measured, by the name of the training."""
+    """Return n, mean and spread of each figure, by the name of the training."""
     summary: dict[str, Job] = {}
     for name in dict.fromkeys(map(name_of, runs)):
         results = [job["result"] for job in runs if name_of(job) == name]
@@ -110,6 +115,15 @@ def summarise(runs: list[Job]) -> dict[str, Job]:
         entry["dtype"] = results[0].get("dtype", "float32")
         summary[name] = entry
     return summary
+
+
+def cell(entry: Job, key: str, scale: float = 1, digits: int = 2) -> str:
+    """Return the mean and spread of one figure; a dash if it was not measured."""
+    if key not in entry:
+        return "-"
+    value = entry[key]
+    spread = f" ±{value['spread'] * scale:.{digits}f}" if value["n"] > 1 else ""
+    return f"{value['mean'] * scale:.{digits}f}{spread}"
 
 
 def training_table(summary: dict[str, Job]) -> str:
@@ -126,30 +140,49 @@ def training_table(summary: dict[str, Job]) -> str:
     )
     rows = [(*head, "GFLOP/s", "of GEMM peak %")]
     for name, entry in summary.items():
-
-        def cell(key: str, scale: float = 1, digits: int = 2, entry: Job = entry) -> str:
-            if key not in entry:
-                return "-"
-            value = entry[key]
-            spread = f" ±{value['spread'] * scale:.{digits}f}" if value["n"] > 1 else ""
-            return f"{value['mean'] * scale:.{digits}f}{spread}"
-
         mark = " extrapolated" if entry["extrapolated"] else ""
         epochs = f" ({entry['epochs']['mean']:g} epochs measured)" if mark else ""
         rows.append(
             (
-                *(name + epochs, str(entry["seconds"]["n"]), cell("accuracy", 100)),
-                *(cell("full_seconds") + mark, cell("ratio", 100), cell("full_cpu_seconds") + mark),
-                *(cell("import_seconds"), cell("warmup_seconds"), cell("gflops", 1, 1)),
-                cell("gemm_share", 100, 1) + (f" {entry['dtype']}" if "gflops" in entry else ""),
+                name + epochs,
+                str(entry["seconds"]["n"]),
+                cell(entry, "accuracy", 100),
+                cell(entry, "full_seconds") + mark,
+                cell(entry, "ratio", 100),
+                cell(entry, "full_cpu_seconds") + mark,
+                cell(entry, "import_seconds"),
+                cell(entry, "warmup_seconds"),
+                cell(entry, "gflops", 1, 1),
+                cell(entry, "gemm_share", 100, 1)
+                + (f" {entry['dtype']}" if "gflops" in entry else ""),
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
+def preset_table(summary: dict[str, Job], machine: Job) -> str:
+    """Return accuracy and time of each recipe as Markdown, with the machine below."""
+    lines = ["| recipe | n | test accuracy, % | seconds | of the seed recipe's time, % |"]
+    lines.append("|---|---|---|---|---|")
+    for name, entry in summary.items():
+        mark = " extrapolated" if entry["extrapolated"] else ""
+        lines.append(
+            f"| `{name}` | {entry['seconds']['n']} | {cell(entry, 'accuracy', 100)} "
+            f"| {cell(entry, 'full_seconds', 1, 1)}{mark} | {cell(entry, 'ratio', 100, 1)} |"
+        )
+    return "\n".join([*lines, "", f"{machine['cores']} cores of {machine['cpu']}."])
+
+
+def write_table(table: str, readme: Path = README) -> None:
+    """Replace the text between the markers of the README."""
+    before, rest = readme.read_text().split(BEGIN)
+    _, after = rest.split(END)
+    readme.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}")
+
+
 def hardware() -> Job:
-    """Return what this ran on."""
+    """Return the CPU, cores, system and load of this machine."""
     cpu = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).exists():
         lines = [s for s in info.read_text().splitlines() if s.startswith("model name")]
@@ -159,7 +192,7 @@ def hardware() -> Job:
 
 
 def main() -> None:
-    """Run what was chosen, print tables and write the JSON."""
+    """Run the chosen jobs, print their tables and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=10, help="runs a preset; best: half as many")
     parser.add_argument("--only", default=",".join(ONLY), help="comma-separated; %(default)s")
@@ -168,6 +201,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps or auto")
     parser.add_argument("--threads", type=int, help="of torch; default: torch's own")
     parser.add_argument("--json", type=Path, default=Path("benchmark.json"), help="%(default)s")
+    parser.add_argument("--write", action="store_true", help="write the README's table of presets")
     given = parser.parse_args()
     chosen = given.only.split(",")
     if unknown := set(chosen) - set(ONLY):
@@ -198,6 +232,8 @@ def main() -> None:
     report["training"] = summarise(runs[: len(trainings)])
     report["runs"] = runs
     given.json.write_text(json.dumps(report, indent=1))
+    if given.write:
+        write_table(preset_table(report["training"], report["hardware"]))
     tables = [training_table(report["training"])] if trainings else []
     for job in runs[len(trainings) :]:
         about = " ".join(

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from prefect.blocks.notifications import DiscordWebhook, SlackWebhook
 from prefect.client.orchestration import get_client
 from pydantic import SecretStr
 
@@ -43,13 +44,14 @@ TEAMS = (
 def test_the_address_chooses_the_block(address: str, kind: str, block: str | None) -> None:
     found, made = block_for(address)
     assert (found, type(made).__name__) == (kind, block or "SlackWebhook")
-    if not block or block == "SlackWebhook":
+    if isinstance(made, SlackWebhook):
         assert made._apprise_client is not None
         assert len(made._apprise_client) == 1  # Apprise took it
 
 
 def test_the_parts_of_a_discord_address_reach_its_block() -> None:
     _, block = block_for("https://discord.com/api/webhooks/417421/JHMHI8qBe7bk2ZwO?wait=true")
+    assert isinstance(block, DiscordWebhook)
     assert block.webhook_id == SecretStr("417421")
     assert block.webhook_token == SecretStr("JHMHI8qBe7bk2ZwO")
 

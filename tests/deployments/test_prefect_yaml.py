@@ -1,5 +1,6 @@
 """Every deployment names a flow that exists and parameters that it accepts."""
 
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -11,11 +12,13 @@ from prefect.utilities.importtools import import_object
 from deployments.due import TAG
 from deployments.stack import PROJECT
 
-DEPLOYMENTS = yaml.safe_load((PROJECT / "deployments" / "prefect.yaml").read_text())["deployments"]
+Entry = dict[str, Any]
+FILE = PROJECT / "deployments" / "prefect.yaml"
+DEPLOYMENTS: list[Entry] = yaml.safe_load(FILE.read_text())["deployments"]
 
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda d: d["name"])
-def test_the_entrypoint_is_a_flow_that_takes_the_parameters(deployment: dict) -> None:
+def test_the_entrypoint_is_a_flow_that_takes_the_parameters(deployment: Entry) -> None:
     flow = import_object(deployment["entrypoint"])
     given = deployment.get("parameters", {})
     form = flow.parameters.model_dump()
@@ -29,7 +32,7 @@ def test_the_entrypoint_is_a_flow_that_takes_the_parameters(deployment: dict) ->
 
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda d: d["name"])
-def test_no_deployment_repeats_a_default(deployment: dict) -> None:
+def test_no_deployment_repeats_a_default(deployment: Entry) -> None:
     flow = import_object(deployment["entrypoint"])
     defaults = flow.parameters.model_dump()["properties"]
     for name, value in deployment.get("parameters", {}).items():
@@ -37,7 +40,7 @@ def test_no_deployment_repeats_a_default(deployment: dict) -> None:
 
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda d: d["name"])
-def test_a_run_is_patient_and_sends_a_heartbeat_every_30_seconds(deployment: dict) -> None:
+def test_a_run_is_patient_and_sends_a_heartbeat_every_30_seconds(deployment: Entry) -> None:
     variables = deployment["work_pool"]["job_variables"]["env"]
     assert variables["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30"
     pauses = [2**attempt for attempt in range(1, 1 + int(variables["PREFECT_CLIENT_MAX_RETRIES"]))]
@@ -46,12 +49,12 @@ def test_a_run_is_patient_and_sends_a_heartbeat_every_30_seconds(deployment: dic
 
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda d: d["name"])
-def test_no_run_holds_a_slot(deployment: dict) -> None:
+def test_no_run_holds_a_slot(deployment: Entry) -> None:
     assert "concurrency_limit" not in deployment
 
 
 @pytest.mark.parametrize("schedule", [s for d in DEPLOYMENTS for s in d.get("schedules", [])])
-def test_a_schedule_has_a_name_and_a_time_zone(schedule: dict) -> None:
+def test_a_schedule_has_a_name_and_a_time_zone(schedule: Entry) -> None:
     assert schedule.keys() >= {"slug", "timezone", "active"}
 
 
@@ -59,7 +62,7 @@ def test_the_weekly_run_is_scheduled() -> None:
     assert only("flows.train.train/weekly")["schedules"][0]["active"]
 
 
-def only(deployment: str) -> dict:
+def only(deployment: str) -> Entry:
     (found,) = (d for d in DEPLOYMENTS if f"{d['entrypoint']}/{d['name']}" == deployment)
     return found
 
@@ -89,7 +92,7 @@ def test_producers_that_say_nothing_are_served_by_a_schedule() -> None:
 
 
 @pytest.mark.parametrize("trigger", [t for d in DEPLOYMENTS for t in d.get("triggers", [])])
-def test_a_trigger_is_one_that_prefect_accepts(trigger: dict) -> None:
+def test_a_trigger_is_one_that_prefect_accepts(trigger: Entry) -> None:
     (made,) = _initialize_deployment_triggers("any", [trigger])
     made.set_deployment_id(UUID(int=0))
     assert AutomationCore.model_validate(made.as_automation().model_dump()).name == trigger["name"]

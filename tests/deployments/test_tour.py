@@ -68,6 +68,7 @@ def test_what_arrives_in_the_second_week_is_good_and_in_the_third_bad(parts: Par
     assert critical(parts.shuffled)
 
 
+@pytest.mark.slow
 def test_the_second_model_of_the_sample_is_promoted(parts: Parts) -> None:
     grown = Digits(
         np.concatenate([parts.train.images, parts.good.images]),

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from deployments.services import Ports, Stack, environment
-from deployments.stack import inherited_environment
+from deployments.services import Ports, Stack, environment, inherited_environment
 from deployments.watch import is_local, missing_services
 from tasks.services.s3 import default_store
 

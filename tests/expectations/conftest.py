@@ -23,15 +23,18 @@ def mnist() -> Splits:
 
     def fetched(name: str) -> bytes:
         with urlopen(f"{mirror.rstrip('/')}/{name}-ubyte.gz") as answer:  # noqa: S310 - the tester's own address
-            return answer.read()
+            content: bytes = answer.read()
+        return content
 
-    return tuple(
-        digits_from_idx(fetched(f"{split}-images-idx3"), fetched(f"{split}-labels-idx1"), split)
-        for split in ("train", "t10k")
-    )
+    def read(split: str) -> Digits:
+        images, labels = fetched(f"{split}-images-idx3"), fetched(f"{split}-labels-idx1")
+        return digits_from_idx(images, labels, split)
+
+    return read("train"), read("t10k")
 
 
 @pytest.fixture(scope="session", params=["sample", "mnist"])
 def honest(request: pytest.FixtureRequest) -> Splits:
     """Each honest data set that can be had."""
-    return request.getfixturevalue(request.param)
+    splits: Splits = request.getfixturevalue(request.param)
+    return splits

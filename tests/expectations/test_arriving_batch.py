@@ -131,7 +131,8 @@ def test_thirty_percent_shuffled_labels_are_refused_without_a_champion(mnist: Sp
 
 
 def thickened(images: Images) -> Images:
-    return maximum_filter(images, (1, 3, 3))
+    thick: Images = maximum_filter(images, (1, 3, 3))
+    return thick
 
 
 def sheared(images: Images) -> Images:
@@ -246,7 +247,7 @@ def test_a_batch_of_which_a_part_is_faulty_is_refused(
 
 
 def test_what_cannot_be_judged_is_named(arrivals: Arrivals) -> None:
-    images, labels = (values[:200] for values in arrivals.new)
+    images, labels = arrivals.new[0][:200], arrivals.new[1][:200]
     table = image_table(images, labels)
     known = arrivals.accepted["digest"].to_numpy()
 
@@ -316,7 +317,8 @@ def test_two_profiles_are_compared_feature_by_feature_and_digit_by_digit(sample:
     }
     assert changes["digit 3"].before == pytest.approx(len(threes) / len(table))
     assert changes["digit 3"].after == pytest.approx(2 * len(threes) / (len(table) + len(threes)))
-    assert changes["label"].stability_index > changes["contrast"].stability_index > 0
+    label, contrast = (changes[name].stability_index or 0 for name in ("label", "contrast"))
+    assert label > contrast > 0
     same = compare_profiles(before, before)
     assert all(change.before == change.after for change in same)
 

@@ -1,3 +1,6 @@
+from collections.abc import Hashable
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -15,7 +18,7 @@ def drawn(*slices: tuple[slice, slice]) -> np.ndarray:
     return image
 
 
-def row(image: np.ndarray, label: int = 1) -> dict[str, object]:
+def row(image: np.ndarray, label: int = 1) -> dict[Hashable, Any]:
     return image_table(image, np.array([label])).iloc[0].to_dict()
 
 

@@ -22,7 +22,8 @@ def judged(training: Faulty, test: Faulty) -> ValidationReport:
 
 
 def some(images: np.ndarray, share: float) -> np.ndarray:
-    return np.arange(len(images)) % round(1 / share) == 0
+    rows: np.ndarray = np.arange(len(images)) % round(1 / share) == 0
+    return rows
 
 
 def changed(
@@ -58,7 +59,7 @@ def shuffled(labels: np.ndarray, share: float) -> np.ndarray:
     return labels
 
 
-FAULTS = {
+FAULTS: dict[str, tuple[Callable[[np.ndarray, np.ndarray], Faulty], str, str | None]] = {
     "inverted": (changed(lambda x: 255 - x), "between", "border"),
     "2 % inverted": (changed(lambda x: 255 - x, 0.02), "between", "centre_over_border"),
     "blank": (changed(lambda x: x * 0), "in_set", "blank"),

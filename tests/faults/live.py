@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -38,10 +39,10 @@ from deployments.tour import begin
 from expectations.image_table import image_table
 from mnist_cnn.digits import Digits
 from mnist_cnn.promotion import PromotionPolicy
+from tasks import keys
 from tasks.arrivals.batch_files import MARKER, parse_batch, write_parquet
 from tasks.datasets.ledger import (
     folder_of,
-    incoming_folder,
     present_snapshot,
     read_base,
     read_ledger,
@@ -170,14 +171,14 @@ def _agenda(life: Life) -> Iterator[tuple[float, Callable[[], None]]]:
 
     for arrival in life.year.arrivals:
         at = when(arrival.week, arrival.at)
-        yield at, lambda arrival=arrival: _drop(life, arrival)
+        yield at, partial(_drop, life, arrival)
         if arrival.marked_after:
             later = at + arrival.marked_after * life.interval
-            yield later, lambda arrival=arrival: _mark(arrival)
+            yield later, partial(_mark, arrival)
     for number, fault in enumerate(life.year.faults):
-        yield when(fault.week, fault.at), lambda n=number, f=fault: _plant(life, n, f)
+        yield when(fault.week, fault.at), partial(_plant, life, number, fault)
     for rollback in life.year.rollbacks:
-        yield when(rollback.week, rollback.at), lambda r=rollback: _roll_back(life, r)
+        yield when(rollback.week, rollback.at), partial(_roll_back, life, rollback)
     for week in range(life.year.weeks):
         yield when(week, 0), lambda: life.sizes.append(_sizes(life.bench))
 
@@ -252,7 +253,7 @@ def _stop_schedules(bench: Bench, schedules: list[tuple[Any, Any]]) -> None:
 
 def _drop(life: Life, arrival: Arrival) -> None:
     digits = _content(arrival)
-    store, folder = Store(DEFAULT_STORE), incoming_folder(DATASET, arrival.name)
+    store, folder = Store(DEFAULT_STORE), keys.incoming(DATASET, arrival.name)
     store.put(f"{folder}part.parquet", write_parquet(digits))
     if not arrival.marked_after:
         store.put(f"{folder}{MARKER}", b"")
@@ -269,8 +270,8 @@ def _drop(life: Life, arrival: Arrival) -> None:
 
 def _mark(arrival: Arrival) -> None:
     store = Store(DEFAULT_STORE)
-    if store.names(incoming_folder(DATASET, arrival.name)):
-        store.put(f"{incoming_folder(DATASET, arrival.name)}{MARKER}", b"")
+    if store.names(keys.incoming(DATASET, arrival.name)):
+        store.put(keys.incoming(DATASET, arrival.name, MARKER), b"")
 
 
 def _content(arrival: Arrival) -> Digits:
@@ -553,8 +554,8 @@ def _whereabouts(store: Store) -> Whereabouts:
     refused = [verdict for verdict in ledger if not verdict.accepted]
     return Whereabouts(
         accepted=_digests(arrived) if len(arrived) else [],
-        quarantined=[d for v in refused for d in _images_under(store, f"{folder_of(v)}files/")],
-        waiting=_images_under(store, incoming_folder(DATASET)),
+        quarantined=[d for v in refused for d in _images_under(store, folder_of(v, "files/"))],
+        waiting=_images_under(store, keys.incoming(DATASET)),
     )
 
 

@@ -17,6 +17,7 @@ from mnist_cnn.digits import Digits
 from mnist_cnn.promotion import PromotionPolicy
 from mnist_cnn.training import TrainingConfig
 from tasks.arrivals.batch_files import write_parquet
+from tasks.datasets.catalog import entry_of
 from tasks.datasets.ledger import settle, write_base, write_verdict
 from tasks.datasets.snapshots import extend_snapshot, write_shards, write_snapshot
 from tasks.records import ModelVersion, Snapshot, ValidatedSnapshot, Verdict
@@ -24,7 +25,7 @@ from tasks.registry.aliases import move_champion
 from tasks.registry.history import Account
 from tasks.registry.versions import CHALLENGER, describe
 from tasks.services.s3 import DEFAULT_STORE, Store
-from tasks.validate import validation_folder
+from tasks.validate import validation_key
 from tests.faults.bench import Bench
 
 POLICY = PromotionPolicy(
@@ -75,10 +76,9 @@ def parameters(dataset: str, **more: object) -> dict[str, object]:
 def train_template(bench: Bench, name: str = "template") -> Template:
     """Train the model on a data set of its own, by a run that nothing disturbs."""
     begin(name, PARTS)
-    run, ended = bench.wait(
-        bench.run("train/weekly", parameters(name)), lambda run: run.state.is_final(), 300
-    )
-    if not ended or run.state.name != "Promoted":
+    begun = bench.run("train/weekly", parameters(name))
+    run, _ = bench.wait(begun, lambda run: bool(run.state and run.state.is_final()), 300)
+    if not (run.state and run.state.name == "Promoted"):
         raise RuntimeError(f"the template was not promoted: {run.state}")
     version = MlflowClient().get_model_version_by_alias(f"{name}-cnn", "champion")
     tags = {key: text for key, text in version.tags.items() if not key.startswith("history.")}
@@ -89,7 +89,7 @@ def begin_dataset(dataset: str, parts: Parts = PARTS) -> Snapshot:
     """Write a data set with a base that was accepted."""
     store = Store(DEFAULT_STORE)
     begin(dataset, parts)
-    origin = f"archives under datasets/{dataset}/base/"
+    origin = entry_of(dataset).origin
     snapshot = write_snapshot(store, dataset, parts.train, parts.test, origin)
     write_base(store, snapshot)
     return snapshot
@@ -124,10 +124,9 @@ def grow(snapshot: Snapshot, batch: Digits) -> Snapshot:
 def pass_validation(snapshot: Snapshot) -> None:
     """Let a snapshot have been validated, which takes its time."""
     store = Store(DEFAULT_STORE)
-    folder = validation_folder(snapshot)
-    report = store.put(f"{folder}/report.html", b"<p>planted</p>")
+    report = store.put(validation_key(snapshot, "report.html"), b"<p>planted</p>")
     passed = ValidatedSnapshot(snapshot=snapshot, report=report, expectations=1, warnings=[])
-    store.put(f"{folder}/passed.json", passed.model_dump_json().encode())
+    store.put(validation_key(snapshot, "passed.json"), passed.model_dump_json().encode())
 
 
 def adopt(snapshot: Snapshot, template: Template, verdicts: Iterable[str]) -> list[ModelVersion]:

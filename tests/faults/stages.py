@@ -7,6 +7,7 @@ from uuid import UUID
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
 from prefect.client.schemas.objects import StateType
 
+from tasks import keys
 from tasks.datasets.ledger import read_ledger
 from tasks.registry.history import read_history, trace
 from tasks.registry.versions import read_model, read_versions
@@ -35,7 +36,7 @@ class Trial:
     """A run that is about to be made, and what must hold once it has ended."""
 
     dataset: str
-    parameters: dict[str, object]
+    parameters: Mapping[str, object]
     before: str | None = None
     """The champion's version before the run."""
     after: Mapping[str, str] = field(default_factory=dict)
@@ -112,9 +113,9 @@ def _old(dataset: str, template: Template) -> Trial:
     """A champion that must stay, and the checkpoints of a run that ended long ago."""
     (champion,) = adopt(begin_dataset(dataset), template, ["promote"])
     store = Store(DEFAULT_STORE)
-    folder = f"runs/{template.run.id}/checkpoints/"
+    folder = keys.checkpoints(template.run.id)
     for number in range(5):
-        store.put(f"{folder}{dataset}-{number}", b"planted")
+        store.put(keys.checkpoints(template.run.id, f"{dataset}-{number}"), b"planted")
     return Trial(
         dataset,
         {"dry_run": False},
@@ -158,7 +159,7 @@ def _batch_problems(trial: Trial, *, well: bool) -> list[str]:
     """Every batch is judged, or it waits: once, and not both."""
     store = Store(DEFAULT_STORE)
     judged = [verdict.batch for verdict in read_ledger(store, trial.dataset)]
-    folder = f"datasets/{trial.dataset}/incoming/"
+    folder = keys.incoming(trial.dataset)
     waiting = {name.removeprefix(folder).split("/")[0] for name in store.names(folder)}
     problems = []
     for batch in trial.batches:

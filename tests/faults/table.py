@@ -51,6 +51,16 @@ _LAST_REQUEST = 8
 Ending = Literal["recovered", "told", "neither"]
 
 
+_SERVICES: dict[Kind, str] = {"s3": "S3", "mlflow": "MLflow", "prefect": "Prefect"}
+_MISBEHAVES: dict[Mode, str] = {
+    "away": "away",
+    "refusing": "refusing",
+    "busy": "busy",
+    "slow": "slow",
+    "nonsense": "answering nonsense",
+}
+
+
 class Fault(NamedTuple):
     """What is planted: a blow to the process, or a service that misbehaves for some seconds."""
 
@@ -66,14 +76,8 @@ FAULTS: dict[str, Fault] = {
     "disk full": Fault("disk"),
     **{
         f"{name} {word}": Fault("service", kind, mode)
-        for kind, name in (("s3", "S3"), ("mlflow", "MLflow"), ("prefect", "Prefect"))
-        for mode, word in (
-            ("away", "away"),
-            ("refusing", "refusing"),
-            ("busy", "busy"),
-            ("slow", "slow"),
-            ("nonsense", "answering nonsense"),
-        )
+        for kind, name in _SERVICES.items()
+        for mode, word in _MISBEHAVES.items()
     },
 }
 

@@ -1,6 +1,6 @@
 """The plan, the judgement and the picture of a year; `make year` lives one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -123,7 +123,7 @@ def champion(version: str | None) -> ChampionSeen:
     return ChampionSeen(when=125.0, version=version)
 
 
-LIES: dict[str, tuple[str, Callable[[Record], dict[str, object]]]] = {
+LIES: dict[str, tuple[str, Callable[[Record], Mapping[str, object]]]] = {
     "a week has no run": ("no week missed", lambda r: {"runs": r.runs[:2]}),
     "a week failed": (
         "no week missed",

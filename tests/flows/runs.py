@@ -1,5 +1,6 @@
 """Flow runs that a test makes, lets die and goes on with, without a worker."""
 
+from typing import Any
 from uuid import UUID
 
 from prefect import Flow
@@ -9,19 +10,21 @@ from prefect.flow_engine import run_flow
 from prefect.states import AwaitingRetry
 
 
-def create_run(flow: Flow[..., object], **parameters: object) -> UUID:
+def create_run(flow: Flow[..., Any], **parameters: object) -> UUID:
     with get_client(sync_client=True) as prefect:
         return prefect.create_flow_run(flow, parameters=parameters).id
 
 
-def execute(flow: Flow[..., object], run_id: UUID) -> State:
+def execute(flow: Flow[..., Any], run_id: UUID) -> State:
     """Execute a flow run in this process, as a worker's child does; return its last state."""
     with get_client(sync_client=True) as prefect:
         run = prefect.read_flow_run(run_id)
-    return run_flow(flow, flow_run=run, return_type="state")
+    state = run_flow(flow, flow_run=run, return_type="state")
+    assert isinstance(state, State)
+    return state
 
 
-def retry(flow: Flow[..., object], run_id: UUID) -> State:
+def retry(flow: Flow[..., Any], run_id: UUID) -> State:
     """Do what a typed retry does, or the resume of a run that died."""
     with get_client(sync_client=True) as prefect:
         prefect.set_flow_run_state(run_id, AwaitingRetry(), force=True)

@@ -54,6 +54,10 @@ def runs_of(flow: str, dataset: str) -> list[FlowRun]:
         ]
 
 
+def is_final(run: FlowRun) -> bool:
+    return bool(run.state and run.state.is_final())
+
+
 def wait_until(holds: Callable[[], bool], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
@@ -90,7 +94,7 @@ def test_ten_drops_make_one_ingest_and_then_one_training(stack: Stack, soon: Non
     verdicts = read_ledger(Store(DEFAULT_STORE), dataset)
     assert [verdict.accepted for verdict in verdicts] == [True] * 10, ingest.state.message
     wait_until(lambda: any(run.start_time for run in runs_of("train", dataset)), 120)
-    wait_until(lambda: all(run.state.is_final() for run in runs_of("train", dataset)), 300)
+    wait_until(lambda: all(is_final(run) for run in runs_of("train", dataset)), 300)
     (train,) = named(runs_of("train", dataset), but="Cancelled")
     assert train.state
     assert train.state.name == "Champion kept", train.state.message  # it has no policy

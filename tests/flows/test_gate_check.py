@@ -10,7 +10,7 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRun
 from deployments.stack import Stack
 from flows.gate_check import check_gates
 from flows.train import train
-from mnist_cnn.promotion import POLICIES
+from tasks.datasets.catalog import KNOWN
 from tasks.promote import find_champion
 from tasks.services.s3 import Store
 
@@ -61,11 +61,13 @@ def test_every_gate_holds_and_nothing_that_was_planted_stays(champion: None) -> 
 def test_a_policy_with_a_hole_is_found_open_and_still_nothing_stays(champion: None) -> None:
     """A team that gives up the latency's ceiling lets the slow model in."""
     before = kept()
-    holed = POLICIES["digits"].model_copy(update={"latency_ceiling_ms": 1e6})
+    policy = KNOWN["digits"].policy
+    assert policy
+    holed = policy.model_copy(update={"latency_ceiling_ms": 1e6})
     state = check_gates("digits", promotion=holed, store=PLACE, return_state=True)
     assert state.is_failed()
     assert state.name == "A gate is open"
-    assert state.message.startswith("slow: ")
+    assert str(state.message).startswith("slow: ")
     assert kept() == before
 
 
@@ -75,4 +77,4 @@ def test_without_a_champion_there_is_nothing_to_check(
     monkeypatch.setattr("flows.gate_check.find_champion", lambda _: None)
     state = check_gates("digits", store=PLACE, return_state=True)
     assert state.name == "No champion"
-    assert "run train/weekly" in state.message
+    assert "run train/weekly" in str(state.message)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 from uuid import uuid4
 
@@ -17,9 +18,9 @@ from deployments.stack import PROJECT, Stack
 from flows.promote import judge, roll_back, tell_history
 from flows.train import train
 from mnist_cnn.promotion import Decision, decide
+from tasks import keys
 from tasks.evaluate import try_version
 from tasks.promote import find_champion, set_champion
-from tasks.registry.history import folder_of
 from tasks.registry.models import ModelUnusable
 from tasks.services.s3 import DEFAULT_STORE, Store
 from tests.tasks.versions import make_champion
@@ -29,7 +30,7 @@ PLACE = "s3://mnist-retraining/tests/promote"
 """A place of its own, for history and decisions; the registry is emptied at the end."""
 
 
-def unsure(*arguments: object) -> Decision:
+def unsure(*arguments: Any) -> Decision:
     return decide(*arguments).model_copy(update={"verdict": "needs-approval", "reason": "unsure"})
 
 
@@ -38,7 +39,7 @@ def first(stack: Stack) -> Iterator[list[object]]:
     """Return the comparisons of a run whose champion changes during the first of them."""
     compared: list[object] = []
 
-    def too_late_at_first(*arguments: object) -> bool:
+    def too_late_at_first(*arguments: Any) -> bool:
         compared.append(arguments)
         return len(compared) > 1 and set_champion(*arguments)
 
@@ -88,7 +89,7 @@ def test_a_run_whose_champion_changed_meanwhile_starts_over_with_the_same_versio
 def test_a_run_that_awaits_approval_links_to_the_form_with_its_version(awaiting: State) -> None:
     assert awaiting.name == "Awaiting approval"
     assert awaiting.is_completed()
-    form = urlsplit(awaiting.message.rpartition("approve or reject: ")[2])
+    form = urlsplit(str(awaiting.message).rpartition("approve or reject: ")[2])
     with get_client(sync_client=True) as prefect:
         deployment = prefect.read_deployment_by_name("promote/manual")
     assert form.path == f"/deployments/deployment/{deployment.id}/run"
@@ -100,7 +101,7 @@ def test_a_run_that_awaits_approval_links_to_the_form_with_its_version(awaiting:
 def test_the_registered_version_links_back_to_everything(awaiting: State) -> None:
     version = MlflowClient().get_model_version(NAME, "2")
     for link in ("Prefect run", "MLflow run", "validation report", "snapshot", "decision record"):
-        assert f"[{link}](http" in version.description
+        assert f"[{link}](http" in str(version.description)
 
 
 @pytest.mark.parametrize(
@@ -143,10 +144,10 @@ def test_approval_rollback_and_history(awaiting: State) -> None:
 
     told = tell_history(model=NAME, store=PLACE, return_state=True)
     assert told.name == "History whole", told.message
-    assert told.message.startswith("3 moves")
+    assert str(told.message).startswith("3 moves")
 
     store = Store(PLACE)
-    _, second, last = store.names(folder_of(NAME))
+    _, second, last = store.names(keys.history(NAME))
     content = store.get(last)
     store.remove(last)
     assert tell_history(model=NAME, store=PLACE, return_state=True).name == "History whole"
@@ -156,7 +157,7 @@ def test_approval_rollback_and_history(awaiting: State) -> None:
     broken = tell_history(model=NAME, store=PLACE, return_state=True)
     assert broken.is_failed()
     assert broken.name == "History broken"
-    assert f"{second} was changed after it was written" in broken.message
+    assert f"{second} was changed after it was written" in str(broken.message)
 
 
 @pytest.mark.parametrize("kept", ["confirmed", "from before confirmations were kept"])
@@ -184,11 +185,12 @@ def test_a_rollback_to_a_version_that_does_not_exist_fails_with_a_sentence(await
     state = roll_back(to=9, reason="a guess", who="Ada", model=NAME, store=PLACE, return_state=True)
     assert state.is_failed()
     assert state.name == "Refused"
-    assert "has no version 9" in state.message
+    assert "has no version 9" in str(state.message)
 
 
 def test_a_version_that_no_longer_does_what_it_did_is_not_usable(awaiting: State) -> None:
     version = find_champion.fn(NAME)
+    assert version
     recorded = MlflowClient().get_model_version(NAME, version.version).tags["accuracy"]
     MlflowClient().set_model_version_tag(NAME, version.version, "accuracy", "0.5")
     try:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from uuid import UUID, uuid4
 
@@ -39,6 +40,7 @@ for run, code in kill_before_each_write(sys.argv[2:], writes, lambda run: execut
 """
 
 ADA = {"reason": "it drifts", "who": "Ada", "store": DEFAULT_STORE}
+Parameters = Mapping[str, object]
 
 
 def two_champions(name: str) -> None:
@@ -51,7 +53,7 @@ def champion_and_challenger(name: str) -> None:
 
 ROLLED_BACK = {"champion": "1", "previous": "2"}
 
-ASKED = {
+ASKED: dict[str, tuple[Callable[[str], None], Parameters, int, str, dict[str, str]]] = {
     # The target, the tag, its object, previous, champion, confirmation, description, outcome.
     "roll_back": (two_champions, ADA, 8, "Rolled back", ROLLED_BACK),
     # The tag, its object, description, challenger's end, outcome.
@@ -102,7 +104,7 @@ def test_a_run_killed_before_any_write_goes_on_to_what_was_asked_and_a_retry_cha
         after = registered(name)
         assert after[0] == aliases, number
         history = read_history(Store(DEFAULT_STORE), name, read_versions(name), restore=False)
-        assert history.problems == history.lost == (), number
+        assert (history.problems, history.lost) == ((), ()), number
         done, unexplained = trace(history.moves, aliases["champion"], history.confirmed)
         assert all(done), number
         assert unexplained == [], number

@@ -70,6 +70,7 @@ def test_a_schedule_that_was_switched_in_the_ui_is_about_its_data_set_again(
     path = f"/deployments/{ask('GET', '/deployments/name/train/weekly', None)['id']}/schedules"
 
     def read() -> dict[str, Any]:
+        found: dict[str, Any]
         (found,) = (each for each in ask("GET", path, None) if each["slug"] == "switched")
         return found
 

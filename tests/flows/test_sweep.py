@@ -41,7 +41,8 @@ def test_every_data_set_with_something_in_incoming_is_ingested_and_a_failure_sto
     while not all(run.state and run.state.is_final() for run in ingests_of("swept", "baseless")):
         assert time.monotonic() < deadline
         time.sleep(1)
-    ends = {run.parameters["dataset"]: run.state.name for run in ingests_of("swept", "baseless")}
+    ingests = ingests_of("swept", "baseless")
+    ends = {run.parameters["dataset"]: run.state and run.state.name for run in ingests}
     assert ends == {"swept": "Batches accepted", "baseless": "Failed"}
     assert not ingests_of("idle")
 

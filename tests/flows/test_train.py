@@ -139,14 +139,14 @@ def test_links_to_records_open_a_copy_that_does_not_expire(
 ) -> None:
     """MLflow's page shows by JavaScript what a link names, so that is asked for here."""
     for name in ("decision record", "validation report", "snapshot", "model card", "data card"):
-        run, path = re.search(r"/runs/(\w+)/artifacts/(.+)", summary.links[name]).groups()
+        run, path = re.findall(r"/runs/(\w+)/artifacts/(.+)", summary.links[name])[0]
         copy = mlflow.artifacts.load_text(f"runs:/{run}/{path}")
         assert "X-Amz-Expires" not in copy
         if name == "decision record":
             record = MlflowClient().get_model_version("digits-cnn", "1").tags["decision_record"]
             assert copy.encode() == Store(DEFAULT_STORE).get(Store(DEFAULT_STORE).name_of(record))
         elif name == "model card":
-            evaluation = re.search(r"\[its evaluation\]\(.+/artifacts/(.+?)\)", copy)[1]
+            evaluation = re.findall(r"\[its evaluation\]\(.+/artifacts/(.+?)\)", copy)[0]
             figures = json.loads(mlflow.artifacts.load_text(f"runs:/{run}/{evaluation}"))
             assert figures["accuracy"] == summary.accuracy
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from contextlib import suppress
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -55,7 +56,7 @@ DEATHS = [
 """The writes before which the run dies, one after another."""
 
 
-def better(*arguments: object) -> Decision:
+def better(*arguments: Any) -> Decision:
     from mnist_cnn.promotion import decide
 
     return decide(*arguments).model_copy(update={"verdict": "promote", "reason": "better"})
@@ -113,5 +114,7 @@ def test_a_promotion_that_dies_again_and_again_is_one_promotion_and_a_retry_repe
             Store(PLACE).remove(f"runs/{run}/outcome.json")
         again = retry(train, run)
         assert (again.name, again.message) == (state.name, state.message)
-        assert find_champion.fn(NAME).version == "1"
+        champion = find_champion.fn(NAME)
+        assert champion
+        assert champion.version == "1"
         assert judged("2") == before

@@ -125,6 +125,7 @@ def test_a_killed_run_goes_on_by_itself_and_ends_with_the_weights_of_an_uninterr
     steps = [m.step for m in MlflowClient().get_metric_history(run.info.run_id, "train_loss")]
     assert len(steps) == len(set(steps))
     assert max(steps) == STEPS
+    assert run.outputs
     model = mlflow.pytorch.load_model(f"models:/{run.outputs.model_outputs[0].model_id}")
     kept = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, expected in uninterrupted.items():

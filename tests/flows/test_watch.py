@@ -10,6 +10,7 @@ from uuid import uuid4
 import pytest
 from prefect import flow
 from prefect.blocks.core import Block
+from prefect.blocks.fields import SecretDict
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
@@ -100,6 +101,12 @@ def record(store: Store, key: str) -> Delivery:
     return Delivery.model_validate_json(store.get(f"messages/{key}.json"))
 
 
+def begin(deployment: str, **parameters: object) -> FlowRun:
+    run = run_deployment(deployment, parameters=parameters, timeout=0)
+    assert isinstance(run, FlowRun)
+    return run
+
+
 def ended(prefect: SyncPrefectClient, run: FlowRun, seconds: float = 180) -> FlowRun:
     deadline = time.monotonic() + seconds
     while not (run.state and run.state.is_final()):
@@ -115,18 +122,16 @@ def test_a_run_that_failed_is_told_once_and_the_address_stands_nowhere(
     add(prefect, inbox.address("take"))
     save(inbox, "refuse", "retraining-refusing")
     store = f"s3://no-such-bucket-{uuid4().hex[:6]}"
-    failed = run_deployment(
-        "ingest/on-arrival", parameters={"dataset": "digits", "store": store}, timeout=0
-    )
-    failed = ended(prefect, failed)
+    failed = ended(prefect, begin("ingest/on-arrival", dataset="digits", store=store))
     assert failed.state
     assert failed.state.is_failed()
     told = inbox.find("Failed: ingest of digits", seconds=180)  # by the event alone
     assert "does not exist; create it" in told["body"]
     assert f"/runs/flow-run/{failed.id}" in told["body"]
     assert (told["type"], told["kind"], told["run"]) == ("failure", "failed", str(failed.id))
-    again = run_deployment("watch/always", timeout=0)
-    assert ended(prefect, again).state.name in {"Watched", "Overtaken"}
+    again = ended(prefect, begin("watch/always"))
+    assert again.state
+    assert again.state.name in {"Watched", "Overtaken"}
     assert inbox.subjects().count("Failed: ingest of digits") == 1
     kept = record(Store(DEFAULT_STORE), f"{failed.id}-failed-{failed.run_count}")
     assert len(kept.taken) == 1
@@ -154,7 +159,8 @@ def test_each_address_gets_each_message_once_and_one_that_failed_gets_it_later(
     assert inbox.subjects() == ["Failed: a", "Failed: b"]
     assert len(inbox.paths) == 4  # one that refuses a message is given the next one
     refusing = Block.load("custom-webhook/retraining")
-    refusing.secrets = {"address": inbox.address("take")}
+    assert isinstance(refusing, CustomWebhookNotificationBlock)
+    refusing.secrets = SecretDict({"address": inbox.address("take")})
     refusing.save(overwrite=True)
 
     def look_again(outbox: Outbox) -> None:
@@ -216,7 +222,7 @@ def test_a_look_begins_where_the_last_one_ended(
     friday = datetime.now(UTC) - timedelta(days=3)
     store.put("watch/last-look.json", LastLook(looked=friday).model_dump_json().encode())
     for _ in range(2):
-        flow(notifications.notify_people.fn, name="look")(store.address)
+        flow(name="look")(notifications.notify_people.fn)(store.address)
     assert looks[0] < friday
     assert looks[1] > friday  # the first look is on record
 
@@ -247,8 +253,9 @@ def test_a_webhook_gets_the_facts_as_fields_exactly(
 def test_without_a_block_nothing_is_sent_and_the_log_says_so(
     stack: Stack, prefect: SyncPrefectClient, store: Store
 ) -> None:
-    run = run_deployment("watch/always", parameters={"store": store.address}, timeout=0)
-    assert ended(prefect, run).state.name == "Watched"
+    run = ended(prefect, begin("watch/always", store=store.address))
+    assert run.state
+    assert run.state.name == "Watched"
     (said,) = (line for line in lines_of(prefect, run) if "nobody is told" in line)
     assert "make notify" in said
     assert store.names("messages/") == []
@@ -294,10 +301,10 @@ def test_mlflow_being_away_ends_no_watch_and_keeps_it_from_nothing_else(
 @pytest.fixture
 def resting(prefect: SyncPrefectClient) -> Iterator[None]:
     """Keep watch/always from being run by its schedule: its runs would show that a worker works."""
-    found = prefect.read_deployment_by_name("watch/always")
-    prefect.request("PATCH", f"/deployments/{found.id}", json={"paused": True})
+    found = {"id": prefect.read_deployment_by_name("watch/always").id}
+    prefect.request("PATCH", "/deployments/{id}", path_params=found, json={"paused": True})
     yield
-    prefect.request("PATCH", f"/deployments/{found.id}", json={"paused": False})
+    prefect.request("PATCH", "/deployments/{id}", path_params=found, json={"paused": False})
 
 
 def make_hasty_rules(prefect: SyncPrefectClient) -> None:

@@ -13,14 +13,16 @@ from prefect.client.schemas import State
 from deployments.stack import Stack
 from mnist_cnn.digits import Digits
 from mnist_cnn.evaluation import Evaluation, Outcomes, evaluate
-from mnist_cnn.promotion import POLICIES, Decision
+from mnist_cnn.promotion import Decision, PromotionPolicy
 from mnist_cnn.sample import embedded_sample
+from tasks.datasets.catalog import KNOWN
 from tasks.datasets.snapshots import read_snapshot, write_snapshot
 from tasks.decide import decide_promotion
 from tasks.records import ModelVersion, Snapshot
 from tasks.services.s3 import Store
 
 PLACE = "s3://mnist-retraining/tests/decide"
+POLICY = KNOWN["digits"].policy or PromotionPolicy()
 MONDAY = datetime(2026, 11, 2, tzinfo=UTC)
 
 
@@ -36,7 +38,7 @@ def add_batch(base: Snapshot, until: datetime) -> Snapshot:
 
 def measure(store: Store, test: Digits) -> Evaluation:
     """Return the evaluation of a model that is always right, with its outcomes in the store."""
-    predictions = dict.fromkeys(POLICIES["digits"].factor_floors, test.labels.astype(np.uint8))
+    predictions = dict.fromkeys(POLICY.factor_floors, test.labels.astype(np.uint8))
     outcomes = Outcomes(np.eye(10, dtype=np.float32)[test.labels], predictions)
     content = io.BytesIO()
     np.savez_compressed(content, allow_pickle=False, **outcomes.arrays())
@@ -71,9 +73,7 @@ def decide_all(
         snapshot = snapshots[ours]
         candidate = measured.model_copy(update={"snapshot": snapshot.digest})
         champion = candidate.model_copy(update={"model": case}), version
-        states[case] = decide_promotion(
-            candidate, champion, snapshot, POLICIES["digits"], return_state=True
-        )
+        states[case] = decide_promotion(candidate, champion, snapshot, POLICY, return_state=True)
     return states
 
 

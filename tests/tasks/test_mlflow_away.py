@@ -4,8 +4,9 @@ import subprocess
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import httpx
@@ -22,19 +23,16 @@ from urllib3.exceptions import ProtocolError
 
 from deployments.services import Ports, inherited_environment, mlflow_server
 from deployments.stack import Stack
+from mnist_cnn.model import DigitCNN
 from mnist_cnn.sample import embedded_sample
 from mnist_cnn.training import RECIPES, TrainingConfig
-from tasks import train
 from tasks.datasets.snapshots import write_snapshot
 from tasks.promote import find_champion
 from tasks.records import Candidate, ValidatedSnapshot
+from tasks.registry import training_run
 from tasks.registry.models import ModelUnusable, load_model
-from tasks.registry.versions import (
-    RegistryError,
-    RegistryUnreachable,
-    digest_artifacts,
-    registry_errors,
-)
+from tasks.registry.versions import digest_artifacts
+from tasks.services.mlflow import RegistryError, RegistryUnreachable, registry_errors
 from tasks.services.s3 import DEFAULT_STORE, Store
 from tasks.train import train_model
 from tests.flows.runs import create_run, execute, retry
@@ -222,14 +220,15 @@ def test_a_task_gives_up_when_its_patience_ends(
 def test_a_training_whose_mlflow_goes_away_at_its_end_is_finished_in_the_same_mlflow_run(
     server: Server, snapshot: ValidatedSnapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log_onnx, away = train._log_onnx, []
+    log_onnx, away = training_run._log_onnx, threading.Event()
 
-    def go_away_first(*arguments: object) -> None:
-        if not away:
-            away.append(server.go_away(seconds=3))
-        log_onnx(*arguments)
+    def go_away_first(model: DigitCNN) -> None:
+        if not away.is_set():
+            server.go_away(seconds=3)
+            away.set()
+        log_onnx(model)
 
-    monkeypatch.setattr("tasks.train._log_onnx", go_away_first)
+    monkeypatch.setattr("tasks.registry.training_run._log_onnx", go_away_first)
     candidate = training(QUICK, snapshot)
     (run,) = runs_of(snapshot)
     assert run.info.run_id == candidate.run_id
@@ -241,7 +240,7 @@ def test_a_training_whose_mlflow_goes_away_at_its_end_is_finished_in_the_same_ml
 def test_a_training_has_ended_only_when_every_epoch_is_in_mlflow(
     server: Server, snapshot: ValidatedSnapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log_batch = RestStore.log_batch
+    log_batch: Callable[..., None] = RestStore.log_batch
 
     def log_late(self: RestStore, *arguments: object, **named: object) -> None:
         if threading.current_thread() is not main:
@@ -253,13 +252,15 @@ def test_a_training_has_ended_only_when_every_epoch_is_in_mlflow(
     seen: list[list[float]] = []
     set_terminated = MlflowClient.set_terminated
 
-    def look_first(self: MlflowClient, run: str, *arguments: object, **named: object) -> None:
+    def look_first(self: MlflowClient, run: str, *arguments: Any, **named: Any) -> None:
         seen.append([metric.value for metric in self.get_metric_history(run, "train_loss")])
         set_terminated(self, run, *arguments, **named)
 
     monkeypatch.setattr(MlflowClient, "set_terminated", look_first)
-    monkeypatch.setattr("tasks.train._log_onnx", lambda _model: None)  # they take their time
-    monkeypatch.setattr("tasks.train._log_model", lambda _model: "models:/none")
+    monkeypatch.setattr(
+        "tasks.registry.training_run._log_onnx", lambda _model: None
+    )  # they take their time
+    monkeypatch.setattr("tasks.registry.training_run._log_exported", lambda _model: "models:/none")
     candidate = training(QUICK, snapshot)
     epochs = MlflowClient().get_metric_history(candidate.run_id, "train_loss")
     assert [len(losses) for losses in seen] == [len(epochs)]
@@ -273,7 +274,7 @@ def test_a_training_that_is_resumed_after_an_upgrade_gets_another_mlflow_run(
     given = {"config": config.model_dump(), "snapshot": snapshot.model_dump(mode="json")}
     run = create_run(training, **given)
     with monkeypatch.context() as fault:
-        fault.setattr("tasks.train._log_onnx", lambda *_: 1 / 0)
+        fault.setattr("tasks.registry.training_run._log_onnx", lambda *_: 1 / 0)
         assert execute(training, run).is_failed()
     upgraded = RECIPES["quick"].model_copy(update={"label_smoothing": 0.05})
     monkeypatch.setitem(RECIPES, "quick", upgraded)

@@ -6,11 +6,11 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from tasks.preflight import (
+from tasks.preflight import check_services
+from tasks.services.mlflow import (
     TrackingRefused,
     TrackingUnreachable,
     TrackingUnset,
-    check_services,
     check_tracking,
 )
 from tasks.services.s3 import StorageUnreachable, Store

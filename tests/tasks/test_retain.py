@@ -1,4 +1,5 @@
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
+from typing import Any
 
 import mlflow
 import pytest
@@ -15,10 +16,10 @@ POLICY = RetentionPolicy(checkpoint_days=14, rejected_days=90)
 
 
 def version(
-    number: str = "1", verdict: str | None = "keep", days: int = 100, **other: object
+    number: str = "1", verdict: str | None = "keep", days: int = 100, **other: Any
 ) -> Version:
     tags = {"verdict": verdict} if verdict else {}
-    facts = {
+    facts: dict[str, Any] = {
         "name": "digits-cnn",
         "number": number,
         "source": f"models:/m-{number}",
@@ -93,7 +94,7 @@ def long_ago(monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Later(datetime):
         @classmethod
-        def now(cls, tz: object = None) -> datetime:
+        def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
             return NOW.now(tz) + timedelta(days=365)
 
     monkeypatch.setattr("tasks.retain.datetime", Later)
@@ -147,8 +148,8 @@ def test_the_flow_removes_what_it_listed_and_nothing_that_is_needed(
 
     dry = retain(store=store.address, return_state=True)
     assert dry.name == "Nothing removed, dry run"
-    assert {f"{name}/1", f"runs/{run}/checkpoints/"} <= set(dry.message.split("; "))
-    assert f"{name}/2" not in dry.message
+    assert {f"{name}/1", f"runs/{run}/checkpoints/"} <= set(str(dry.message).split("; "))
+    assert f"{name}/2" not in str(dry.message)
     assert kept(store) == before
     assert models.names(lost)
 

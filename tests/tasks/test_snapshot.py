@@ -6,7 +6,7 @@ import pytest
 from prefect.logging import disable_run_logger
 
 from mnist_cnn.sample import embedded_sample
-from tasks.datasets.base import MirrorUnreachable, fetch_mnist
+from tasks.datasets.mirror import MirrorUnreachable, fetch_mnist
 from tasks.datasets.snapshots import read_split
 from tasks.services.s3 import Store
 from tasks.snapshot import take_snapshot

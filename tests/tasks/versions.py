@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
@@ -44,7 +45,8 @@ def decision(candidate: Candidate, verdict: str, champion: ModelVersion | None) 
 def register(
     candidate: Candidate, verdict: str = "keep", champion: ModelVersion | None = None
 ) -> ModelVersion:
-    measured = Evaluation.model_construct(accuracy=0.99, outcomes="s3://b/outcomes.npz")
+    known: dict[str, Any] = {"accuracy": 0.99, "outcomes": "s3://b/outcomes.npz"}
+    measured = Evaluation.model_construct(**known)
     record = f"s3://b/{champion.version if champion else 0}.json"
     return register_candidate.fn(
         candidate, measured, decision(candidate, verdict, champion), record

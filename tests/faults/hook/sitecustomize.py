@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 _FOLDER = os.environ.get("FAULTS_FOLDER")
 _RUN = os.environ.get("PREFECT__FLOW_RUN_ID")
@@ -158,7 +159,7 @@ def _wrap_engine(engine: ModuleType) -> None:
     run_body = engine.SyncTaskRunEngine.call_task_fn
     send = http.client.HTTPConnection.putrequest
 
-    def call_task_fn(self, transaction):  # noqa: ANN001, ANN202 - Prefect's own signature
+    def call_task_fn(self: Any, transaction: Any) -> Any:
         task, body = self.task, self.task.fn
 
         @functools.wraps(body)
@@ -171,12 +172,12 @@ def _wrap_engine(engine: ModuleType) -> None:
         finally:
             task.fn = body
 
-    def putrequest(self, *arguments, **options):  # noqa: ANN001, ANN002, ANN003, ANN202
+    def putrequest(self: http.client.HTTPConnection, *arguments: Any, **options: Any) -> None:
         striker.request()
-        return send(self, *arguments, **options)
+        send(self, *arguments, **options)
 
     engine.SyncTaskRunEngine.call_task_fn = call_task_fn
-    http.client.HTTPConnection.putrequest = putrequest
+    http.client.HTTPConnection.putrequest = putrequest  # type: ignore[method-assign]
 
 
 def _shift_clock(days: float) -> Callable[[ModuleType], None]:
@@ -184,12 +185,12 @@ def _shift_clock(days: float) -> Callable[[ModuleType], None]:
 
     class Shifted(dt.datetime):
         @classmethod
-        def now(cls, tz: dt.tzinfo | None = None) -> dt.datetime:
+        def now(cls, tz: dt.tzinfo | None = None) -> dt.datetime:  # type: ignore[override]
             return dt.datetime.now(tz) + dt.timedelta(days=days)
 
     def shift(module: ModuleType) -> None:
         if getattr(module, "datetime", None) is dt.datetime:
-            module.datetime = Shifted
+            vars(module)["datetime"] = Shifted
 
     return shift
 
@@ -197,8 +198,7 @@ def _shift_clock(days: float) -> Callable[[ModuleType], None]:
 def _redirect(services: ModuleType) -> None:
     """Let the keeper start services again behind the proxies at which `make up` began them."""
     for name, port in json.loads(os.environ["FAULTS_PROXIES"]).items():
-        address = f"http://{services.HOST}:{port}"
-        setattr(services.Stack, f"{name}_url", property(lambda _, address=address: address))
+        setattr(services.Stack, f"{name}_url", f"http://{services.HOST}:{port}")
 
 
 if _FOLDER and os.environ.get("MNIST_STACK_SERVICE") == "keeper":

@@ -113,7 +113,7 @@ def test_brightness_is_clipped_and_does_not_wrap() -> None:
 
 def test_a_corruption_is_defined_once_and_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
-        CORRUPTIONS[0].name = "other"
+        CORRUPTIONS[0].name = "other"  # type: ignore[misc]
     assert replace(CORRUPTIONS[0], name="other").name == "other"
 
 

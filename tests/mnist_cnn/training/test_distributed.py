@@ -21,6 +21,8 @@ from mnist_cnn.training import (
 )
 from mnist_cnn.training.distributed import _EventLog
 
+pytestmark = pytest.mark.slow
+
 # 2 steps an epoch of the sample.
 CONFIG = TrainingConfig(
     batch_size=512, epochs=6, min_steps=0, precision="fp32", checkpoint_every_steps=2
@@ -106,7 +108,7 @@ def test_more_processes_than_a_batch_has_groups_are_refused(digits: Digits) -> N
         train_distributed(digits, CONFIG, 3, "cpu")
 
 
-def test_what_the_workers_told_is_heard_once_and_whole(tmp_path: Path) -> None:
+def test_an_event_of_the_workers_is_read_once_and_whole(tmp_path: Path) -> None:
     epoch = EpochMetrics(
         epoch=1,
         step=22,
@@ -119,15 +121,15 @@ def test_what_the_workers_told_is_heard_once_and_whole(tmp_path: Path) -> None:
     )
     line = json.dumps({"kind": "epoch", "about": asdict(epoch)}) + "\n"
     failure = json.dumps({"kind": "FloatingPointError", "about": {"sentence": "the loss is nan"}})
-    path = tmp_path / "told.jsonl"
+    path = tmp_path / "events.jsonl"
     epochs: list[EpochMetrics] = []
-    told = _EventLog(path, print, epochs.append)
-    told.listen()
+    events = _EventLog(path, print, epochs.append)
+    events.read_new()
     path.write_text(line + line[:10])
-    told.listen()
+    events.read_new()
     assert epochs == [epoch]
     path.write_text(line + line + failure + "\n")
-    told.listen()
+    events.read_new()
     assert len(epochs) == 1
-    assert isinstance(told.failure, FloatingPointError)
-    assert str(told.failure) == "the loss is nan"
+    assert isinstance(events.failure, FloatingPointError)
+    assert str(events.failure) == "the loss is nan"

@@ -85,6 +85,7 @@ def test_the_first_epoch_shows_everything_and_the_next_what_was_hard(digits: Dig
     assert (later == 9).sum() == pytest.approx(5 * (digits.labels == 9).sum(), rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [30, 89, 97, 107, 160])
 def test_a_training_that_is_stopped_in_any_round_ends_with_the_same_weights(
     digits: Digits, tmp_path: Path, step: int

@@ -442,8 +442,8 @@ def test_patience_ends_training_only_if_it_is_configured(
 def test_images_set_aside_are_measured_and_not_trained_on(digits: Digits) -> None:
     config = SMALL.model_copy(update={"validation_share": 0.25, "epochs": 3})
     batches = Batches(digits, config, torch.device("cpu"))
-    assert len(batches.aside) == round(len(digits) * 0.25)
-    assert not set(batches.aside.tolist()) & set(batches._kept.tolist())
+    assert len(batches.holdout) == round(len(digits) * 0.25)
+    assert not set(batches.holdout.tolist()) & set(batches._training.tolist())
     history = train(digits, config, "cpu").history
     assert history[-1].validation_accuracy is not None
     assert history[-1].validation_accuracy > 0.9
@@ -502,6 +502,7 @@ def test_a_field_that_is_set_replaces_the_presets_number() -> None:
 # Compiled
 
 
+@pytest.mark.slow
 def test_compiled_before_the_clock_starts_training_learns_the_same(
     digits: Digits, uninterrupted: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -540,6 +541,7 @@ def test_each_epoch_is_told_once(digits: Digits) -> None:
     assert [(each.epoch, each.step) for each in told] == [(1, 22), (2, 33)]
 
 
+@pytest.mark.slow
 def test_training_imports_no_compiler() -> None:
     """torch._dynamo costs more than a second, most of a quick training."""
     program = """

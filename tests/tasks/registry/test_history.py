@@ -35,7 +35,7 @@ TAGGED = [(move.tag, move.content) for move in MOVES]
 def test_an_untouched_history_is_whole_and_in_order() -> None:
     history = check_history(dict(reversed(STORED.items())), TAGGED[::-1])
     assert list(history.moves) == MOVES
-    assert history.problems == history.lost == ()
+    assert (history.problems, history.lost) == ((), ())
 
 
 def test_no_history_is_whole() -> None:

@@ -125,7 +125,7 @@ def test_a_run_that_was_given_up_or_failed_is_repeated_with_a_clean_slate() -> N
 
 def test_a_flow_takes_its_turn_with_its_own_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not with what this run was given: other runs left out the default, not that."""
-    seen = []
+    seen = list[dict[str, object]]()
     monkeypatch.setattr("tasks.runs.turn.take_turn", seen.append)
     monkeypatch.setattr("tasks.runs.turn.attempt", nullcontext)
 

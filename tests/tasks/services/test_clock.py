@@ -36,7 +36,7 @@ def wrong_clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
     class Wrong(datetime):
         @classmethod
-        def now(cls, tz: tzinfo | None = None) -> "datetime":
+        def now(cls, tz: tzinfo | None = None) -> "datetime":  # type: ignore[override]
             return datetime.now(tz) + off
 
     monkeypatch.setattr("tasks.runs.turn.datetime", Wrong)

@@ -5,7 +5,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from tasks.registry.history import History
-from tasks.registry.versions import Refused, RegistryError, RegistryUnreachable
+from tasks.registry.versions import Refused
+from tasks.services.mlflow import RegistryError, RegistryUnreachable
 from tasks.services.s3 import Store
 from tasks.watch import histories
 from tasks.watch.histories import Check, Checks, find_unread, note_checks, verify_histories
