@@ -168,7 +168,7 @@ def test_a_chain_of_moves_holds_across_formats() -> None:
 def test_the_same_data_has_the_same_digest_in_every_release() -> None:
     content = golden("snapshot-0")
     store = store_of(content)
-    snapshot = read_snapshot(store.address, "mnist", SNAPSHOT)
+    snapshot = read_snapshot(store, "mnist", SNAPSHOT)
     assert (snapshot.parent, snapshot.until) == (BASE, ARRIVED)
     assert snapshot.train[1] == Verdict.model_validate_json(golden("verdict-0")).shards[0]
     assert _manifest(snapshot) == content
