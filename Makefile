@@ -13,7 +13,7 @@ $(foreach name,$(GIVEN),$(call take,$(name)))
 # $(call if-yes,RESET,--reset): the option if RESET says yes, nothing if it says no.
 if-yes = $(if $(filter 1 yes true,$($1)),$2,$(if $(filter-out 0 no false,$($1)),$(error $1 is '$($1)'; expected 1 or 0)))
 
-.PHONY: demo run tour drop schedule notify test up down status approve reject rollback history check faults year lock clean
+.PHONY: demo run tour drop schedule notify test test-fast coverage up down status approve reject rollback history check faults year lock clean
 
 demo: $(STAMP) ## set everything up, retrain once through the real stack, show what happened
 	$(BIN)/python -m deployments.demo --start --param dataset=auto
@@ -73,8 +73,15 @@ rollback: $(STAMP) ## make an earlier champion champion again
 history: $(STAMP) ## every move of the champion, verified
 	$(call promote,history,model)
 
-check: $(STAMP) ## lint, format, types, import contracts
+# Every line of the five rooms that no test runs, those of flow runs and servers included.
+coverage: $(STAMP) ## all tests, and what they leave out; a quarter slower than `make test`
+	$(BIN)/coverage erase
+	status=0; $(BIN)/coverage run $(PYTEST) $(TESTS) || status=$$?; \
+		$(BIN)/coverage combine --quiet && $(BIN)/coverage report; exit $$status
+
+check: $(STAMP) ## lint, spelling, format, types, import contracts
 	$(BIN)/ruff check .
+	$(BIN)/codespell
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
@@ -91,7 +98,7 @@ lock: $(STAMP) ## renew constraints.txt; what `make test` refuses, such as a ser
 		--no-header --no-annotate --no-emit-index-url --output-file constraints.txt pyproject.toml
 
 clean: ## remove the environment and caches; data of the local stack (.stack/) stays
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage*
 
 # pip compiles on one core, which takes three times as long. Some packages carry templates that do
 # not compile; an import compiles what is missing.

@@ -14,7 +14,8 @@ from tasks import keys
 from tasks.datasets.snapshots import read_snapshot, read_split
 from tasks.records import ModelVersion, Snapshot
 from tasks.registry.models import ModelUnusable, load_model
-from tasks.services.mlflow import client, registry_errors
+from tasks.registry.versions import read_version
+from tasks.services.mlflow import registry_errors
 from tasks.services.s3 import Store
 from tasks.services.step import step
 
@@ -120,8 +121,8 @@ def try_version(version: ModelVersion, store: str) -> float:
     test = read_split(read_snapshot(Store(store), dataset, version.snapshot), "test")
     # (N, 28, 28) uint8 -> (N, 10) -> (N,)
     accuracy = float((predict(network, test.images).argmax(1) == test.labels).mean())
-    tags = client().get_model_version(version.name, version.version).tags
-    expected = float(tags["accuracy"])
+    _, tags = read_version(version.name, int(version.version))
+    expected = tags.accuracy
     if abs(accuracy - expected) > _DEVICE_DIFFERENCE:
         raise ModelUnusable(
             f"{version.model} loads, but has accuracy {accuracy:.4f} on the test images on which "

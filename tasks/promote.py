@@ -30,13 +30,13 @@ from tasks.registry.aliases import (
     verify_history,
     was_done,
 )
-from tasks.registry.fingerprint import TAG as FINGERPRINT
 from tasks.registry.fingerprint import Fingerprint
 from tasks.registry.history import (
     Account,
     own_move,
     plan_move,
 )
+from tasks.registry.tags import NO_CHAMPION, VersionTags
 from tasks.registry.versions import (
     CHALLENGER,
     CHAMPION,
@@ -103,7 +103,8 @@ def find_opponents(
             # The candidate may be champion by now. Go back to the moves before its own.
             before = moves[: targets.index(str(registered[0].version))]
             known = {version.model: version for version in map(describe, versions)}
-            champion = known.get(registered[0].tags["compared_with"])
+            tags = VersionTags.from_mlflow(registered[0].tags)
+            champion = known.get(tags.compared_with) if tags else None
             return champion, champion_before(champion, before, known)
         return find_version(name, CHAMPION), find_version(name, PREVIOUS)
 
@@ -122,24 +123,22 @@ def register_candidate(
     because the champion had changed, its tags replace the former ones.
     """
     flow_run = runtime.flow_run
-    tags = {
-        "snapshot": candidate.snapshot,
-        "verdict": decision.verdict,
-        "reason": decision.reason,
-        "compared_with": decision.champion or "no champion",
-        "accuracy": str(measured.accuracy),
-        "outcomes": measured.outcomes,
-        "artifact_sha256": digest_artifacts(candidate.model),
-        "git_commit": _git_commit(),
-        "prefect.flow_run_id": str(flow_run.id),
-        "prefect.flow_run_url": str(flow_run.ui_url),
+    tags = VersionTags(
+        snapshot=candidate.snapshot,
+        verdict=decision.verdict,
+        reason=decision.reason,
+        compared_with=decision.champion or NO_CHAMPION,
+        accuracy=measured.accuracy,
+        outcomes=measured.outcomes,
+        artifact_sha256=digest_artifacts(candidate.model),
+        git_commit=_git_commit(),
+        flow_run_id=str(flow_run.id),
+        flow_run_url=str(flow_run.ui_url),
         # Models such as the training configuration come from the flow as pydantic objects.
-        "parameters": json.dumps(flow_run.parameters, default=lambda model: model.model_dump()),
-    }
-    if made_of:
-        tags[FINGERPRINT] = made_of.model_dump_json()
-    # The last tag to be written: a repeat that finds it takes all the others for written.
-    tags["decision_record"] = decision_record
+        parameters=json.dumps(flow_run.parameters, default=lambda model: model.model_dump()),
+        fingerprint=made_of.model_dump_json() if made_of else None,
+        decision_record=decision_record,
+    ).to_mlflow()
     sentence = f"{decision.verdict}: {decision.reason}"
     with registry_errors(f"the versions of {candidate.name}"):
         known = [v for v in read_versions(candidate.name) if v.run_id == candidate.run_id]
@@ -180,7 +179,8 @@ def set_champion(
     run = runtime.flow_run
     account = Account(who=f"{run.flow_name}/{runtime.deployment.name or 'by hand'}", why=why)
     with registry_errors(f"the aliases of {version.name}"), exclusive(version.name):
-        if was_done("promote", read_version(version.name, int(version.version)), Store(store)):
+        registered, _ = read_version(version.name, int(version.version))
+        if was_done("promote", registered, Store(store)):
             return True
         present = find_version(version.name, CHAMPION)
         # `version` itself is champion if an earlier attempt died right after the alias moved.
@@ -197,8 +197,8 @@ def set_challenger(version: ModelVersion) -> None:
     A version that was approved or rejected before this run was resumed is left alone.
     """
     with registry_errors(f"the aliases of {version.name}"), exclusive(version.name):
-        moves = moves_of(read_version(version.name, int(version.version)))
-        if any(move.action in {"approve", "reject"} for move in moves):
+        registered, _ = read_version(version.name, int(version.version))
+        if any(move.action in {"approve", "reject"} for move in moves_of(registered)):
             return
         client().set_registered_model_alias(version.name, CHALLENGER, version.version)
 
@@ -212,27 +212,26 @@ def approve_challenger(name: str, number: int, account: Account, store: str) -> 
     """
     with registry_errors(f"the aliases of {name}"), exclusive(name):
         model = read_model(name)
-        version = read_version(name, number)
+        version, tags = read_version(name, number)
         if was_done("approve", version, Store(store)):
             return describe(version)
         champion = find_version(name, CHAMPION)
         if model.aliases.get(CHAMPION) != str(number):
             demand_challenger(model, number)
-            if (verdict := version.tags["verdict"]) != "needs-approval":
+            if tags.verdict != "needs-approval":
                 raise Refused(
-                    f"version {number} of {name} was judged {verdict!r}, which nobody may approve: "
-                    "its alias `challenger` was set by hand; look at its card, or run "
+                    f"version {number} of {name} was judged {tags.verdict!r}, which nobody may "
+                    "approve: its alias `challenger` was set by hand; look at its card, or run "
                     "train/weekly again"
                 )
-            compared = version.tags["compared_with"]
-            present = champion.model if champion else "no champion"
-            if compared != present:
+            present = champion.model if champion else NO_CHAMPION
+            if tags.compared_with != present:
                 raise Refused(
-                    f"version {number} of {name} was compared with {compared}, but now there is "
-                    f"{present}; the approval is stale: run train/weekly again, which compares "
-                    "with the present champion"
+                    f"version {number} of {name} was compared with {tags.compared_with}, but now "
+                    f"there is {present}; the approval is stale: run train/weekly again, which "
+                    "compares with the present champion"
                 )
-            demand_same_artifacts(version)
+            demand_same_artifacts(describe(version).model, tags.artifact_sha256)
         elif model.aliases.get(CHALLENGER) != str(number):
             raise Refused(f"version {number} of {name} is the champion already")
         move_champion("approve", describe(version), champion, account, Store(store))
@@ -246,7 +245,7 @@ def reject_challenger(name: str, number: int, account: Account, store: str) -> M
     Raises Refused if that version does not await approval.
     """
     with registry_errors(f"the aliases of {name}"), exclusive(name):
-        version = read_version(name, number)
+        version, _ = read_version(name, number)
         champion = find_version(name, CHAMPION)
         if was_done("reject", version, Store(store)):
             return describe(version)
@@ -288,7 +287,8 @@ def roll_back_champion(
     Raises Refused if the champion is neither of the two.
     """
     with registry_errors(f"the aliases of {target.name}"), exclusive(target.name):
-        if was_done("roll back", read_version(target.name, int(target.version)), Store(store)):
+        version, _ = read_version(target.name, int(target.version))
+        if was_done("roll back", version, Store(store)):
             return
         present = find_version(target.name, CHAMPION)
         if present not in (target, replaces):

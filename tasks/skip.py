@@ -3,7 +3,8 @@
 from prefect import get_run_logger, runtime
 
 from tasks.records import ModelVersion
-from tasks.registry.fingerprint import TAG, Fingerprint
+from tasks.registry.fingerprint import Fingerprint
+from tasks.registry.tags import VersionTags
 from tasks.registry.versions import moves_of, read_versions
 from tasks.services.mlflow import registry_errors
 from tasks.services.step import step
@@ -31,10 +32,10 @@ def find_repeat(champion: ModelVersion | None, ours: Fingerprint) -> str | None:
         if move.action == "roll back"
     }
     for number in sorted(versions, key=int, reverse=True):
-        tags = versions[number].tags
-        if TAG not in tags:  # registered without a fingerprint: nothing to compare
+        tags = VersionTags.from_mlflow(versions[number].tags)
+        if tags is None or tags.fingerprint is None:  # nothing to compare
             continue
-        changes = ours.changes(Fingerprint.model_validate_json(tags[TAG]))
+        changes = ours.changes(Fingerprint.model_validate_json(tags.fingerprint))
         same = f"version {number} was made of the same snapshot, code, parameters and environment"
         if number == champion.version and changes:
             listed = ", ".join(changes)
@@ -45,6 +46,6 @@ def find_repeat(champion: ModelVersion | None, ours: Fingerprint) -> str | None:
             return f"nothing is new: the champion, {same}"
         elif number in undone:
             return f"nothing is new: {same}, and was rolled back to {today}"
-        elif tags["verdict"] != "promote" and tags["compared_with"] == champion.model:
-            return f"nothing is new: {same}, and judged {tags['verdict']!r} against {today}"
+        elif tags.verdict != "promote" and tags.compared_with == champion.model:
+            return f"nothing is new: {same}, and judged {tags.verdict!r} against {today}"
     return None

@@ -73,16 +73,15 @@ def find_rollback(
                 f"version {chosen} of {name} is the champion already; name another version that "
                 "was promoted once (promote/history lists them)"
             )
-        version = read_version(name, int(chosen))
+        version, tags = read_version(name, int(chosen))
         # A version that never passed a decision must not become champion by way of a rollback.
         moves = moves_carried_out(name, read_versions(name), Store(store))
         if not any(move.action != "reject" and move.to_version == chosen for move in moves):
             raise Refused(
-                f"version {chosen} of {name} was never champion (it was judged "
-                f"{version.tags['verdict']!r}: {version.tags.get('reason', 'no reason given')}); "
-                "name one that was (promote/history lists them), or retrain"
+                f"version {chosen} of {name} was never champion (it was judged {tags.verdict!r}: "
+                f"{tags.reason}); name one that was (promote/history lists them), or retrain"
             )
-        demand_same_artifacts(version)
+        demand_same_artifacts(describe(version).model, tags.artifact_sha256)
         return describe(version), find_version(name, CHAMPION)
 
 
@@ -136,11 +135,11 @@ def move_champion(
             )
         client().set_registered_model_alias(name, CHAMPION, version.version)
         confirm(move, store)
-        target = read_version(name, int(version.version))  # with the tag of the new move
+        target, _ = read_version(name, int(version.version))  # with the tag of the new move
     for move in moves_of(target):
         settle_move(move)
         if move.run == str(runtime.flow_run.id):
-            _emit(move, target, store)
+            _emit(move, store)
 
 
 def was_done(action: Action, version: "RegisteredVersion", store: Store) -> bool:
@@ -158,7 +157,7 @@ def was_done(action: Action, version: "RegisteredVersion", store: Store) -> bool
     else:
         confirm(own, store)
     settle_move(own)
-    _emit(own, version, store)
+    _emit(own, store)
     return True
 
 
@@ -208,9 +207,10 @@ def take_challenger_from(name: str, number: str) -> None:
         client().delete_registered_model_alias(name, CHALLENGER)
 
 
-def _emit(move: Move, target: "RegisteredVersion", store: Store) -> None:
+def _emit(move: Move, store: Store) -> None:
     """Emit the event of a move that was carried out; a rejection has none."""
     if move.action in _EVENTS:
+        _, tags = read_version(move.model, int(move.to_version))
         emit(
             _EVENTS[move.action],
             f"model.{move.model}",
@@ -219,8 +219,8 @@ def _emit(move: Move, target: "RegisteredVersion", store: Store) -> None:
                 "model": move.model,
                 "from": move.from_version,
                 "to": move.to_version,
-                "artifact_sha256": target.tags["artifact_sha256"],
-                "snapshot": target.tags["snapshot"],
+                "artifact_sha256": tags.artifact_sha256,
+                "snapshot": tags.snapshot,
                 "store": store.address,
             },
         )

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from mnist_cnn.promotion import PromotionPolicy
     from mnist_cnn.training import TrainingConfig
 
-TAG = "fingerprint"
-"""Tag of a registered version that holds the fingerprint of its run."""
-
 _ROOMS = ("flows", "tasks", "mnist_cnn", "expectations")
 _PROJECT = "mnist-retraining"
 _NAME = re.compile(r"[\w.-]+")

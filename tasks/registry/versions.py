@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.records import ModelVersion
 from tasks.registry.history import Move
+from tasks.registry.tags import VersionTags, missing_tags
 from tasks.services.mlflow import (
     RegistryError,
     RegistryUnreachable,
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 CHAMPION = "champion"
 PREVIOUS = "previous"
 CHALLENGER = "challenger"
-
-_NEEDED_TAGS = ("snapshot", "verdict", "compared_with", "artifact_sha256", "accuracy")
 
 
 class Refused(ValueError):
@@ -82,21 +81,22 @@ def _every(search: Callable[..., Any]) -> Iterator[Any]:
             return
 
 
-def read_version(name: str, number: int) -> "RegisteredVersion":
-    """Return a version; Refused if there is none of that number, or it is half registered."""
+def read_version(name: str, number: int) -> tuple["RegisteredVersion", VersionTags]:
+    """Return a version and its tags; Refused if there is none, or it is half registered."""
     version = none_if_missing(lambda: client().get_model_version(name, str(number)))
     if version is None:
         known = ", ".join(sorted((str(v.version) for v in read_versions(name)), key=int)) or "none"
         raise Refused(f"{name} has no version {number}; its versions are: {known}")
     # A run that died while it registered the version may have left tags out.
-    missing = [tag for tag in _NEEDED_TAGS if tag not in version.tags]
-    if missing or version.status != "READY":
+    tags = VersionTags.from_mlflow(version.tags)
+    if tags is None or version.status != "READY":
+        missing = ", ".join(missing_tags(version.tags)) or "no tag"
         raise Refused(
             f"version {number} of {name} is only half registered (status {version.status}, without "
-            f"{', '.join(missing) or 'no tag'}); nobody knows how it was judged: let train/weekly "
+            f"{missing}); nobody knows how it was judged: let train/weekly "
             "make another"
         )
-    return version
+    return version, tags
 
 
 def register(model: str, name: str, tags: dict[str, str]) -> "RegisteredVersion":
@@ -126,14 +126,12 @@ def demand_challenger(model: "RegisteredModel", number: int) -> None:
         )
 
 
-def demand_same_artifacts(version: "RegisteredVersion") -> None:
-    """Raise Refused if the files of a version are not those that were evaluated."""
-    address = f"models:/{version.name}/{version.version}"
+def demand_same_artifacts(address: str, digest: str) -> None:
+    """Raise Refused if the files of a model are not those that were evaluated."""
     found = digest_artifacts(address)
-    expected = version.tags["artifact_sha256"]
-    if found != expected:
+    if found != digest:
         raise Refused(
-            f"the artifacts of {address} have the digest {found[:12]}, not {expected[:12]} as when "
+            f"the artifacts of {address} have the digest {found[:12]}, not {digest[:12]} as when "
             "it was evaluated; somebody changed them: choose another version, or retrain"
         )
 

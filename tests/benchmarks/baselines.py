@@ -1,13 +1,14 @@
 """Two peers' training recipes, rebuilt in our own words from what they publish.
 
-`seed` is the system whose model card this project fills in: all 70,000 images are merged and split
+`original` is the system whose model card this project fills in
+(https://github.com/mlops-2425q1-mds-upc/MLOps-mdsist): all 70,000 images are merged and split
 afresh (70 % to train, 15 % to validate after each epoch, 15 % to test), lie as PNG files in a data
 frame, and are looked up and decoded one at a time; 206,922 parameters, Adam, 5 epochs, four scores
-over both parts after each (https://github.com/mlops-2425q1-mds-upc/MLOps-mdsist). `pytorch-example`
-is what PyTorch's own MNIST example does: two convolutions, dropout, Adadelta, 14 epochs, transforms
-applied image by image, the test split after each epoch
-(https://github.com/pytorch/examples/tree/main/mnist). Both go through a `DataLoader` in the main
-process, as theirs do on a CPU. The file is read, and whatever they track or log is left out.
+over both parts after each. `pytorch-example` is what PyTorch's own MNIST example does
+(https://github.com/pytorch/examples/tree/main/mnist): two convolutions, dropout, Adadelta, 14
+epochs, transforms applied image by image, the test split after each epoch. Both go through a
+`DataLoader` in the main process, as theirs do on a CPU. The file is read, and whatever they track
+or log is left out.
 """
 
 import io
@@ -119,7 +120,7 @@ class Recipe:
 
 
 RECIPES = {
-    "seed": Recipe(
+    "original": Recipe(
         network=seed_network,
         png=True,
         optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3),

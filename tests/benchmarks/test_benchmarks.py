@@ -51,7 +51,7 @@ def test_a_peer_learns(name: str) -> None:
 
 def test_the_seed_recipe_merges_and_splits_afresh_and_the_example_does_not() -> None:
     train, test = embedded_sample()
-    parts = baselines.RECIPES["seed"].split(train, test, 0)
+    parts = baselines.RECIPES["original"].split(train, test, 0)
     everything = len(train) + len(test)
     assert [round(len(part) / everything, 2) for part in parts] == [0.7, 0.15, 0.15]
     merged = sorted(image.tobytes() for part in parts for image in part.images)
@@ -86,9 +86,9 @@ def test_the_peak_memory_is_seen() -> None:
 def test_a_ratio_is_to_the_peers_around() -> None:
     peer = {"published_epochs": 5, "epochs": 5}
     runs: list[training.Job] = [
-        {"name": "seed", "result": {"seconds": 10.0, **peer}},
+        {"name": "original", "result": {"seconds": 10.0, **peer}},
         {"preset": "quick", "result": {"seconds": 3.0, "epochs": 1}},
-        {"name": "seed", "result": {"seconds": 4.0, **peer, "epochs": 1}},
+        {"name": "original", "result": {"seconds": 4.0, **peer, "epochs": 1}},
         {"preset": "quick", "result": {"seconds": 3.0, "epochs": 1}},
     ]
     training.add_ratios(runs)

@@ -4,7 +4,7 @@
 
 `--write` puts the table of presets into `mnist_cnn/training/README.md`.
 
-Each measurement runs in a process of its own. The seed system's recipe runs before, between and
+Each measurement runs in a process of its own. The original recipe runs before, between and
 after ours, and every ratio is to its two runs nearest in time, because machines drift. The test
 split is used once a run, after training. Nothing here passes or fails.
 """
@@ -45,7 +45,7 @@ def training_jobs(chosen: list[str], seeds: int, rounds: int, epochs: int | None
         return ours
     jobs: list[Job] = []
     for turn in range(rounds + 1):
-        jobs.append({"job": "peer", "name": "seed", "seed": turn, "epochs": epochs})
+        jobs.append({"job": "peer", "name": "original", "seed": turn, "epochs": epochs})
         if turn < rounds:
             jobs += ours[turn * len(ours) // rounds : (turn + 1) * len(ours) // rounds]
     jobs.append({"job": "peer", "name": "pytorch-example", "seed": 0, "epochs": 1})
@@ -87,8 +87,8 @@ def full_seconds(result: Job, key: str = "seconds") -> float:
 
 
 def add_ratios(runs: list[Job]) -> None:
-    """Add to each training the ratio of its time to the mean of the seed recipe's around it."""
-    peers = [i for i, job in enumerate(runs) if job.get("name") == "seed"]
+    """Add to each training the ratio of its time to the mean of the original recipe's around it."""
+    peers = [i for i, job in enumerate(runs) if job.get("name") == "original"]
     for i, job in enumerate(runs):
         around = [*[p for p in peers if p < i][-1:], *[p for p in peers if p > i][:1]]
         if around and i not in peers:
@@ -133,7 +133,7 @@ def training_table(summary: dict[str, Job]) -> str:
         "n",
         "test accuracy %",
         "wall s",
-        "of seed %",
+        "of original %",
         "CPU s",
         "import s",
         "warm-up s",
@@ -163,7 +163,7 @@ def training_table(summary: dict[str, Job]) -> str:
 
 def preset_table(summary: dict[str, Job], machine: Job) -> str:
     """Return accuracy and time of each recipe as Markdown, with the machine below."""
-    lines = ["| recipe | n | test accuracy, % | seconds | of the seed recipe's time, % |"]
+    lines = ["| recipe | n | test accuracy, % | seconds | of the original recipe's time, % |"]
     lines.append("|---|---|---|---|---|")
     for name, entry in summary.items():
         mark = " extrapolated" if entry["extrapolated"] else ""
@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10, help="runs a preset; best: half as many")
     parser.add_argument("--only", default=",".join(ONLY), help="comma-separated; %(default)s")
     parser.add_argument("--rounds", type=int, default=2, help="stretches between the peer's runs")
-    parser.add_argument("--peer-epochs", type=int, help="of the seed recipe, the rest extrapolated")
+    parser.add_argument("--peer-epochs", type=int, help="of the original, the rest extrapolated")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps or auto")
     parser.add_argument("--threads", type=int, help="of torch; default: torch's own")
     parser.add_argument("--json", type=Path, default=Path("benchmark.json"), help="%(default)s")
