@@ -10,7 +10,7 @@ from pydantic import Field, StringConstraints
 from tasks.ingest import find_arrivals, find_intake, ingest_batch, keep_intake, report_ingest
 from tasks.preflight import check_services
 from tasks.promote import find_champion
-from tasks.records import RejectedSnapshot, ValidatedSnapshot, Verdict
+from tasks.records import BatchVerdict, RejectedSnapshot, ValidatedSnapshot
 from tasks.runs.attempt import TimeLimit, in_time
 from tasks.runs.outcome import once
 from tasks.runs.turn import in_turn
@@ -93,7 +93,7 @@ def sweep(store: str = DEFAULT_STORE, time_limit_minutes: TimeLimit = 60) -> Sta
 
 def take_in(
     dataset: str, store: str, quiet_minutes: float
-) -> tuple[ValidatedSnapshot | RejectedSnapshot, list[Verdict], str]:
+) -> tuple[ValidatedSnapshot | RejectedSnapshot, list[BatchVerdict], str]:
     """Judge all batches that have arrived; return the snapshot, the verdicts and their summary.
 
     Shared by `ingest` and `train`. A flow run that is resumed later continues with the same data;

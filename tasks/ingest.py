@@ -26,7 +26,7 @@ from tasks.datasets.ledger import (
     write_verdict,
 )
 from tasks.datasets.snapshots import extend_snapshot, read_digests, read_profile, write_shards
-from tasks.records import Intake, ModelVersion, Snapshot, ValidatedSnapshot, Verdict
+from tasks.records import BatchVerdict, Intake, ModelVersion, Snapshot, ValidatedSnapshot
 from tasks.registry.models import load_model
 from tasks.runs.outcome import read_record, write_record
 from tasks.services.events import emit
@@ -49,7 +49,7 @@ class Arrivals(BaseModel, frozen=True):
     complete: list[str]
     waiting: list[str]
     """Batches without a marker that were written to a short time ago."""
-    judged: list[Verdict] = []
+    judged: list[BatchVerdict] = []
     """Verdicts of an earlier attempt of this flow run."""
 
 
@@ -83,7 +83,9 @@ def find_arrivals(snapshot: Snapshot, quiet_minutes: float) -> Arrivals:
 
 
 @step
-def ingest_batch(snapshot: Snapshot, batch: str, champion: ModelVersion | None) -> Verdict | None:
+def ingest_batch(
+    snapshot: Snapshot, batch: str, champion: ModelVersion | None
+) -> BatchVerdict | None:
     """Judge one batch and move its files; None if another ingest was faster.
 
     Shards, report and reason are written first, then the verdict, which alone is in force, and last
@@ -118,7 +120,7 @@ def ingest_batch(snapshot: Snapshot, batch: str, champion: ModelVersion | None) 
 
 
 @step
-def report_ingest(verdicts: list[Verdict], arrivals: Arrivals, store: str) -> str:
+def report_ingest(verdicts: list[BatchVerdict], arrivals: Arrivals, store: str) -> str:
     """Publish a table with the verdict on each batch; return the summary as a sentence."""
     s3 = Store(store)
     rows = [
@@ -155,7 +157,7 @@ def find_intake(store: str) -> Intake | None:
 
 @step
 def keep_intake(
-    validated: ValidatedSnapshot, verdicts: list[Verdict], told: str, store: str
+    validated: ValidatedSnapshot, verdicts: list[BatchVerdict], told: str, store: str
 ) -> None:
     """Store the intake of this flow run, so that a resumed run trains on the same data.
 
@@ -165,7 +167,7 @@ def keep_intake(
     write_record(Store(store), _INTAKE, intake)
 
 
-def _settled_ledger(store: Store, dataset: str) -> list[Verdict]:
+def _settled_ledger(store: Store, dataset: str) -> list[BatchVerdict]:
     """Return the ledger, after finishing the moves of batches that were judged before."""
     ledger = read_ledger(store, dataset)
     for verdict in unsettled(store, ledger):
@@ -179,17 +181,17 @@ def _settled_ledger(store: Store, dataset: str) -> list[Verdict]:
 def _judge(
     store: Store,
     present: Snapshot,
-    ledger: list[Verdict],
+    ledger: list[BatchVerdict],
     batch: str,
     entries: list[Entry],
     champion: ModelVersion | None,
-) -> "tuple[Verdict, pd.DataFrame | None]":
+) -> "tuple[BatchVerdict, pd.DataFrame | None]":
     """Return the verdict on a batch, and the image table of its new images if it is accepted.
 
     Shards, report and reason are written before this returns; the verdict itself is not.
     """
     files = files_of(keys.incoming(present.dataset, batch), entries)
-    unread = Verdict(
+    unread = BatchVerdict(
         sequence=len(ledger) + 1,
         dataset=present.dataset,
         batch=batch,
@@ -283,7 +285,9 @@ def _champion_view(champion: ModelVersion | None, raw: RawBatch) -> "NDArray[np.
     return predict(network, raw.images)
 
 
-def _put_aside(store: Store, verdict: Verdict, reason: str, page: str | None = None) -> Verdict:
+def _put_aside(
+    store: Store, verdict: BatchVerdict, reason: str, page: str | None = None
+) -> BatchVerdict:
     """Quarantine a batch: write report and reason into the folder for its files."""
     refused = verdict.model_copy(update={"reason": reason})
     if page is not None:
@@ -301,7 +305,7 @@ def _demand_folder(batch: str) -> None:
         )
 
 
-def _demand_new(ledger: list[Verdict], batch: Verdict) -> None:
+def _demand_new(ledger: list[BatchVerdict], batch: BatchVerdict) -> None:
     """Raise BadBatch if a batch of this name or with these files was accepted before.
 
     A quarantined batch may be sent again, corrected, under its old name.
@@ -320,7 +324,7 @@ def _demand_new(ledger: list[Verdict], batch: Verdict) -> None:
             )
 
 
-def emit_verdict(verdict: Verdict, store: str) -> None:
+def emit_verdict(verdict: BatchVerdict, store: str) -> None:
     """Emit `batch.accepted` or `batch.quarantined` for a verdict that is in force."""
     emit(
         "batch.accepted" if verdict.accepted else "batch.quarantined",

@@ -72,7 +72,7 @@ class BatchFile(BaseModel, frozen=True):
     """The S3 server's tag of its content, which changes with it."""
 
 
-class Verdict(Record):
+class BatchVerdict(Record):
     """Verdict on a batch: an entry of the data set's ledger, which is never changed."""
 
     sequence: int
@@ -129,7 +129,7 @@ class Intake(Record):
     """Data of a flow run, fixed for it: a resumed run trains on the same."""
 
     validated: ValidatedSnapshot
-    verdicts: list[Verdict]
+    verdicts: list[BatchVerdict]
     told: str
     """Summary of the verdicts, as a sentence."""
 

@@ -11,13 +11,13 @@ import hashlib
 from mnist_cnn.record import Record
 from tasks import keys
 from tasks.datasets.snapshots import extend_snapshot, grow, is_written, read_snapshot
-from tasks.records import BatchFile, Snapshot, Verdict
+from tasks.records import BatchFile, BatchVerdict, Snapshot
 from tasks.services.s3 import Entry, Store
 
-_ENTRIES: dict[tuple[str, str], Verdict] = {}
+_ENTRIES: dict[tuple[str, str], BatchVerdict] = {}
 """Entries that this process has read, by address and ETag: an entry is never changed."""
 
-_PRESENT: dict[str, tuple[list[Verdict], Snapshot]] = {}
+_PRESENT: dict[str, tuple[list[BatchVerdict], Snapshot]] = {}
 """The newest snapshot that this process has taken of each base, and the batches accepted by it."""
 
 
@@ -41,21 +41,21 @@ def write_base(store: Store, snapshot: Snapshot) -> None:
         store.put(name, _Base(snapshot=snapshot.digest).model_dump_json().encode())
 
 
-def read_ledger(store: Store, dataset: str) -> list[Verdict]:
+def read_ledger(store: Store, dataset: str) -> list[BatchVerdict]:
     """Return the verdict on every batch, in order; an entry is read once a process."""
     # A name begins with the sequence number, padded with zeros, so these are in order.
     entries = store.entries(keys.ledger(dataset))
     return [_read_entry(store, entry) for entry in entries if entry.name.endswith(".json")]
 
 
-def _read_entry(store: Store, entry: Entry) -> Verdict:
+def _read_entry(store: Store, entry: Entry) -> BatchVerdict:
     known = store.address_of(entry.name), entry.etag
     if known not in _ENTRIES:
-        _ENTRIES[known] = Verdict.model_validate_json(store.get(entry.name))
+        _ENTRIES[known] = BatchVerdict.model_validate_json(store.get(entry.name))
     return _ENTRIES[known]
 
 
-def present_snapshot(store: Store, base: Snapshot, ledger: list[Verdict]) -> Snapshot:
+def present_snapshot(store: Store, base: Snapshot, ledger: list[BatchVerdict]) -> Snapshot:
     """Return the snapshot of the base and all accepted batches; write it if it is missing."""
     accepted = [verdict for verdict in ledger if verdict.accepted]
     taken, snapshot = _PRESENT.get(base.address, ([], base))
@@ -76,13 +76,13 @@ def present_snapshot(store: Store, base: Snapshot, ledger: list[Verdict]) -> Sna
     return snapshots[-1]
 
 
-def write_verdict(store: Store, verdict: Verdict) -> None:
+def write_verdict(store: Store, verdict: BatchVerdict) -> None:
     """Append a verdict to the ledger; from then on it is in force."""
     name = keys.verdict(verdict.dataset, verdict.sequence, verdict.digest)
     store.put(name, verdict.model_dump_json(indent=1).encode())
 
 
-def settle(store: Store, verdict: Verdict) -> None:
+def settle(store: Store, verdict: BatchVerdict) -> None:
     """Move the files of a judged batch out of `incoming/`, unless they are moved already.
 
     A file that a producer has replaced since is left: it is part of another batch.
@@ -98,13 +98,13 @@ def settle(store: Store, verdict: Verdict) -> None:
     store.put(_settled(verdict), b"")
 
 
-def unsettled(store: Store, ledger: list[Verdict]) -> list[Verdict]:
+def unsettled(store: Store, ledger: list[BatchVerdict]) -> list[BatchVerdict]:
     """Return the verdicts whose batches have not been moved completely."""
     names = set(store.names(keys.ledger(ledger[0].dataset))) if ledger else set()
     return [verdict for verdict in ledger if _settled(verdict) not in names]
 
 
-def folder_of(verdict: Verdict, name: str = "") -> str:
+def folder_of(verdict: BatchVerdict, name: str = "") -> str:
     """Return the folder of a judged batch, or the object of that name in it."""
     return keys.judged(
         verdict.dataset, verdict.sequence, verdict.batch, name, accepted=verdict.accepted
@@ -129,5 +129,5 @@ def digest_files(files: list[BatchFile], contents: dict[str, bytes] | None) -> s
     return total.hexdigest()
 
 
-def _settled(verdict: Verdict) -> str:
+def _settled(verdict: BatchVerdict) -> str:
     return keys.settled(verdict.dataset, verdict.sequence, verdict.digest)

@@ -14,7 +14,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from tasks.records import RunSummary, Verdict
+from tasks.records import BatchVerdict, RunSummary
 from tasks.runs.states import GIVEN_UP
 from tasks.services.addresses import without_credentials
 
@@ -130,7 +130,7 @@ class Situation:
 
     now: datetime
     runs: tuple[EndedRun, ...] = ()
-    refused: tuple[Verdict, ...] = ()
+    refused: tuple[BatchVerdict, ...] = ()
     """Verdicts on quarantined batches for which no message was sent."""
     trainings: tuple[Training, ...] = ()
     idle: tuple[IdleSchedule, ...] = ()
@@ -203,9 +203,9 @@ def about_run(run: EndedRun, key: str) -> Message:
     )
 
 
-def _about_batches(refused: Iterable[Verdict]) -> Iterator[Message]:
+def _about_batches(refused: Iterable[BatchVerdict]) -> Iterator[Message]:
     """Compose one message for all quarantined batches of a data set."""
-    of_dataset: dict[str, list[Verdict]] = {}
+    of_dataset: dict[str, list[BatchVerdict]] = {}
     for verdict in refused:
         of_dataset.setdefault(verdict.dataset, []).append(verdict)
     for dataset, verdicts in of_dataset.items():

@@ -29,7 +29,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.utilities.urls import url_for
 
 from tasks import keys
-from tasks.records import RunSummary, Verdict
+from tasks.records import BatchVerdict, RunSummary
 from tasks.runs.turn import OVERTAKEN, TAG
 from tasks.services.s3 import StorageRefused, Store
 from tasks.watch.messages import (
@@ -243,7 +243,7 @@ def _with_summary(run: EndedRun, store: object) -> EndedRun:
 
 def _read_refused(
     subjects: Iterable[Subject], home: str, since: datetime, reported: Mapping[str, int]
-) -> Iterator[Verdict]:
+) -> Iterator[BatchVerdict]:
     """Yield the verdicts on quarantined batches for which no message was sent.
 
     Only those in `home`, the store of the messages: a message's key has a position in the ledger,
@@ -255,7 +255,7 @@ def _read_refused(
         store = Store(subject.store)
         for entry in store.entries(keys.ledger(subject.dataset)):
             if entry.name.endswith(".json") and entry.modified >= since:
-                verdict = Verdict.model_validate_json(store.get(entry.name))
+                verdict = BatchVerdict.model_validate_json(store.get(entry.name))
                 if not verdict.accepted and verdict.sequence > reported.get(subject.dataset, 0):
                     yield verdict
 

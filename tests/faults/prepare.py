@@ -20,7 +20,7 @@ from tasks.arrivals.batch_files import write_parquet
 from tasks.datasets.catalog import entry_of
 from tasks.datasets.ledger import settle, write_base, write_verdict
 from tasks.datasets.snapshots import extend_snapshot, write_shards, write_snapshot
-from tasks.records import ModelVersion, Snapshot, ValidatedSnapshot, Verdict
+from tasks.records import BatchVerdict, ModelVersion, Snapshot, ValidatedSnapshot
 from tasks.registry.aliases import move_champion
 from tasks.registry.history import Account
 from tasks.registry.versions import CHALLENGER, describe
@@ -104,7 +104,7 @@ def grow(snapshot: Snapshot, batch: Digits) -> Snapshot:
     """Let a batch have been accepted, so that what is trained now is newer than the champion."""
     store, dataset = Store(DEFAULT_STORE), snapshot.dataset
     table = image_table(batch.images, batch.labels)
-    verdict = Verdict(
+    verdict = BatchVerdict(
         sequence=1,
         dataset=dataset,
         batch="before",

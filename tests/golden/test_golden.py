@@ -27,7 +27,7 @@ from tasks.datasets.snapshots import _manifest, _snapshot, read_snapshot
 from tasks.decide import _Decided, score
 from tasks.evaluate import _packed
 from tasks.promote import Rollback
-from tasks.records import Intake, RejectedSnapshot, RunSummary, ValidatedSnapshot, Verdict
+from tasks.records import BatchVerdict, Intake, RejectedSnapshot, RunSummary, ValidatedSnapshot
 from tasks.registry.fingerprint import Fingerprint
 from tasks.registry.history import CarriedOut, Move, check_history
 from tasks.runs.outcome import Outcome
@@ -99,7 +99,7 @@ KINDS: dict[str, tuple[type[Record], Callable[..., bool]]] = {
         lambda it: (it.snapshot.until, it.expectations) == (ARRIVED, 61),
     ),
     "verdict": (
-        Verdict,
+        BatchVerdict,
         lambda it: (
             (it.sequence, it.batch, it.accepted, it.arrived) == (7, "monday", True, ARRIVED)
             and (it.files[0].bytes, it.shards[0].images, it.repeated) == (18211, 3, 1)
@@ -170,7 +170,7 @@ def test_the_same_data_has_the_same_digest_in_every_release() -> None:
     store = store_of(content)
     snapshot = read_snapshot(store, "mnist", SNAPSHOT)
     assert (snapshot.parent, snapshot.until) == (BASE, ARRIVED)
-    assert snapshot.train[1] == Verdict.model_validate_json(golden("verdict-0")).shards[0]
+    assert snapshot.train[1] == BatchVerdict.model_validate_json(golden("verdict-0")).shards[0]
     assert _manifest(snapshot) == content
     assert (
         _snapshot(store.address, "mnist", snapshot.train, snapshot.test, BASE, ARRIVED) == snapshot

@@ -19,7 +19,7 @@ from tasks.arrivals.batch_files import write_parquet
 from tasks.datasets.ledger import folder_of, present_snapshot, read_ledger, write_base
 from tasks.datasets.snapshots import read_split, write_snapshot
 from tasks.ingest import Arrivals, find_arrivals, ingest_batch
-from tasks.records import ModelVersion, Snapshot, Verdict
+from tasks.records import BatchVerdict, ModelVersion, Snapshot
 from tasks.services.s3 import Store
 
 SAMPLE, HOLDOUT = embedded_sample()
@@ -66,7 +66,7 @@ def find(base: Snapshot, quiet_minutes: float = 10) -> Arrivals:
     return find_arrivals.fn(base, quiet_minutes)
 
 
-def take(base: Snapshot, batch: str) -> Verdict:
+def take(base: Snapshot, batch: str) -> BatchVerdict:
     verdict = ingest_batch.fn(base, batch, None)
     assert verdict
     return verdict
@@ -125,7 +125,7 @@ def test_a_bad_batch_is_put_aside_whole_with_its_reason_and_report(
     assert present(base) == base
     assert under(store, "incoming") == []
     folder = "datasets/digits/quarantine/000001-inverted/"
-    assert Verdict.model_validate_json(store.get(f"{folder}reason.json")) == verdict
+    assert BatchVerdict.model_validate_json(store.get(f"{folder}reason.json")) == verdict
     assert b"<html" in store.get(f"{folder}report.html")
     for name, content in files.items():
         assert store.get(f"{folder}files/{name}") == content

@@ -17,7 +17,7 @@ from tasks.datasets import ledger, snapshots
 from tasks.datasets.ledger import present_snapshot, read_base, read_ledger, settle, write_verdict
 from tasks.datasets.snapshots import extend_snapshot, write_shards, write_snapshot
 from tasks.ingest import ingest_batch
-from tasks.records import Snapshot, Verdict
+from tasks.records import BatchVerdict, Snapshot
 from tasks.services.s3 import Store
 from tests.tasks.memory import MemoryS3
 
@@ -51,12 +51,12 @@ def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(snapshots, "_DIGESTS", {})
 
 
-def accept(store: Store, sequence: int, *, accepted: bool = True) -> Verdict:
+def accept(store: Store, sequence: int, *, accepted: bool = True) -> BatchVerdict:
     """Put a judged batch on record, without a manifest for it, as a run that dies leaves it."""
     digits = Digits(np.full((5, 28, 28), sequence, np.uint8), TRAIN.labels[:5])
     table = image_table(digits.images, digits.labels)
     batch = f"day-{sequence}"
-    verdict = Verdict(
+    verdict = BatchVerdict(
         sequence=sequence,
         dataset="digits",
         batch=batch,

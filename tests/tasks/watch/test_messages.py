@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from tasks.records import RunSummary, Verdict
+from tasks.records import BatchVerdict, RunSummary
 from tasks.runs.states import GIVEN_UP
 from tasks.watch.messages import (
     EndedRun,
@@ -163,8 +163,8 @@ def test_no_message_is_too_long_for_discord() -> None:
     assert message.body.endswith("b3c1")  # the reason is cut, the link is whole
 
 
-def verdict(sequence: int, batch: str, dataset: str = "mnist") -> Verdict:
-    return Verdict(
+def verdict(sequence: int, batch: str, dataset: str = "mnist") -> BatchVerdict:
+    return BatchVerdict(
         sequence=sequence,
         dataset=dataset,
         batch=batch,
