@@ -13,6 +13,7 @@ from flows.ingest import compare, ingest
 from mnist_cnn.digits import Digits
 from mnist_cnn.idx import write_idx
 from mnist_cnn.sample import embedded_sample
+from tasks.datasets.catalog import KNOWN
 from tasks.datasets.ledger import present_snapshot, read_base, read_ledger
 from tasks.records import Snapshot
 from tasks.services.s3 import Store
@@ -88,7 +89,8 @@ def test_bad_data_at_the_beginning_is_no_beginning(
 ) -> None:
     place, (train, test) = f"{PLACE}-bad", embedded_sample()
     bad = Digits(255 - train.images, train.labels)
-    monkeypatch.setattr("tasks.datasets.base.embedded_sample", lambda: (bad, test))
+    entry = KNOWN["digits"].model_copy(update={"fetch": lambda: (bad, test)})
+    monkeypatch.setitem(KNOWN, "digits", entry)
     state = ingest("digits", store=place, return_state=True)
     assert state.is_failed()
     assert state.name == "Data rejected"

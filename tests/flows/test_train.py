@@ -30,6 +30,7 @@ from deployments.stack import PROJECT, Stack
 from flows.train import train
 from mnist_cnn.digits import Digits
 from mnist_cnn.sample import embedded_sample
+from tasks.datasets.catalog import KNOWN
 from tasks.datasets.ledger import read_base
 from tasks.promote import find_champion
 from tasks.records import RunSummary
@@ -248,7 +249,8 @@ def test_bad_data_ends_the_run_before_training_and_changes_no_champion(
     damage: Callable[[Digits], Digits],
 ) -> None:
     train_split, test = embedded_sample()
-    monkeypatch.setattr("tasks.datasets.base.embedded_sample", lambda: (damage(train_split), test))
+    bad = KNOWN["digits"].model_copy(update={"fetch": lambda: (damage(train_split), test)})
+    monkeypatch.setitem(KNOWN, "digits", bad)
     monkeypatch.setattr("flows.train.train_model", lambda *_: pytest.fail("it trained"))
     before = find_champion.fn("digits-cnn")
     place = f"{DEFAULT_STORE}/{damage.__name__}"  # where the data set has not begun
