@@ -35,7 +35,6 @@ from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelled, Failed, Running
 from pydantic import Field
 
-from tasks.runs.output import outlive_the_reader
 from tasks.services.clock import server_time
 
 P = ParamSpec("P")
@@ -101,7 +100,6 @@ def attempt(limit_minutes: float = math.inf) -> Iterator[None]:
         outer.limit(limit_minutes)
         yield
         return
-    outlive_the_reader()
     guard = _Guard(limit_minutes)
     # The copied context carries Prefect's run context, which the thread's logger needs.
     thread = threading.Thread(target=copy_context().run, args=[guard.watch], daemon=True)

@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 from prefect.logging import get_logger
 from prefect.logging.configuration import setup_logging
-from tasks.runs.output import outlive_the_reader
 setup_logging()
 if sys.argv[2] == "outlives":
-    outlive_the_reader()
+    import flows
 sys.stdin.readline()
 for number in range(3):
     get_logger("flow_runs").warning("line %d", number)
@@ -31,6 +30,7 @@ def test_a_flow_whose_worker_has_died_goes_on(tmp_path: Path, way: str, *, ended
         stdin=subprocess.PIPE,
         stdout=write,
         stderr=write,
+        env=os.environ | {"PREFECT__FLOW_RUN_ID": "a worker's"},
     )
     os.close(write)
     os.close(read)
