@@ -169,6 +169,7 @@ def test_an_address_where_nobody_listens_is_a_sentence(inbox: Inbox, cleared: No
     assert TOKEN not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_answer_is_a_sentence() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "deployments.notify"],

@@ -3,6 +3,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from deployments import processes
 from deployments.stack import PROJECT
 
@@ -20,6 +22,7 @@ with reaped(root):
 """
 
 
+@pytest.mark.slow
 def test_servers_end_with_tests_that_were_killed(tmp_path: Path) -> None:
     killed = subprocess.run(
         [sys.executable, "-c", TESTS, str(tmp_path)], cwd=PROJECT, check=False, timeout=60

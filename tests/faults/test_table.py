@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from deployments.services import PROJECT
 
@@ -37,6 +38,7 @@ if __name__ == "__main__":
 """The table, as its own processes import it too, on stacks that only leave notes."""
 
 
+@pytest.mark.slow
 def test_what_ends_the_table_ends_its_stacks(tmp_path: Path) -> None:
     script = tmp_path / "table.py"
     script.write_text(TABLE)

@@ -239,6 +239,7 @@ def test_whoever_approves_every_offer_promotes_nothing_that_is_less_accurate() -
     assert offered > 30
 
 
+@pytest.mark.slow
 def test_of_models_worse_by_the_margin_at_most_alpha_are_offered() -> None:
     """Gains of a mean of 20, losses of a mean of 30 images: truly worse by 0.1 points."""
     draw = np.random.default_rng(5)

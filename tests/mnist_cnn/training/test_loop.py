@@ -103,6 +103,7 @@ def test_the_loss_follows_the_golden_curve(digits: Digits) -> None:
         assert metrics.loss == pytest.approx(loss, rel=tolerance), f"epoch {metrics.epoch}"
 
 
+@pytest.mark.slow
 def test_the_default_config_learns_the_sample_in_a_few_steps(
     sample: tuple[Digits, Digits],
 ) -> None:
@@ -172,6 +173,7 @@ def test_stopped_at_any_step_and_resumed_equals_uninterrupted(
     assert _numbers(resumed.history) == _numbers(uninterrupted.history)
 
 
+@pytest.mark.slow
 def test_killed_and_run_again_equals_uninterrupted(
     digits: Digits, uninterrupted: Training, tmp_path: Path
 ) -> None:

@@ -138,6 +138,7 @@ def many(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 def test_a_hundred_honest_batches_are_read_as_they_were_written(many: None) -> None:
     digits, draw = embedded_sample()[0], np.random.default_rng(6)
     for _ in range(100):
@@ -500,6 +501,7 @@ def bomb(values: int, **options: Any) -> Files:
     return files
 
 
+@pytest.mark.slow
 def test_a_parquet_bomb_is_not_unpacked() -> None:
     refused(
         bomb(9, write_statistics=False),
@@ -518,6 +520,7 @@ def test_a_batch_that_takes_too_much_memory_is_refused(monkeypatch: pytest.Monke
     refused(bomb(4), sentence)
 
 
+@pytest.mark.slow
 def test_a_batch_that_takes_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tasks.arrivals.batch_files.PARSER_SECONDS", 1)
     pixels = gzip.compress(write_idx(np.zeros((MAX_IMAGES, 28, 28), np.uint8)), 1)

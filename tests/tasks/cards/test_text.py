@@ -324,6 +324,7 @@ def test_the_data_card_says_what_is_in_the_snapshot(splits: Splits) -> None:
     assert "nothing has arrived that could have drifted" in first
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # MLflow's own warnings are not what is tested
 def test_the_snippet_runs_as_printed(
     card: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, splits: Splits

@@ -128,6 +128,7 @@ def ingest(store: Store, s3: MemoryS3, start: int) -> Counter[str]:
     return Counter("/".join(request.split("/")[:3]) for request in s3.requests)
 
 
+@pytest.mark.slow
 def test_an_ingest_reads_each_earlier_batch_once_and_writes_for_its_own_alone(
     store: Store, base: Snapshot, s3: MemoryS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
