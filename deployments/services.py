@@ -205,7 +205,8 @@ def prefect_server(stack: Stack) -> Service:
 
 def worker(stack: Stack) -> Service:
     """Return the worker, which runs each flow run in a process of its own."""
-    options = ["--pool", POOL, "--type", "process", "--name", "local-worker"]
+    # After days without a worker thousands of runs are due; each that is taken is a process.
+    options = ["--pool", POOL, "--type", "process", "--name", "local-worker", "--limit", "20"]
     return Service(
         name="worker",
         address=f"work pool {POOL}",

@@ -103,8 +103,8 @@ def find_opponents(
             # The candidate may be champion by now. Go back to the moves before its own.
             before = moves[: targets.index(str(registered[0].version))]
             known = {version.model: version for version in map(describe, versions)}
-            tags = VersionTags.from_mlflow(registered[0].tags)
-            champion = known.get(tags.compared_with) if tags else None
+            _, tags = read_version(name, int(registered[0].version))
+            champion = known.get(tags.compared_with)
             return champion, champion_before(champion, before, known)
         return find_version(name, CHAMPION), find_version(name, PREVIOUS)
 

@@ -52,6 +52,9 @@ class VersionTags(BaseModel, frozen=True, validate_by_name=True, validate_by_ali
 
 
 def missing_tags(tags: Mapping[str, str]) -> list[str]:
-    """Return the names of the tags that every later step needs and that are not there."""
-    fields = VersionTags.model_fields.items()
-    return [name for name, field in fields if field.is_required() and name not in tags]
+    """Return the names of the needed tags that are missing, or hold no such value."""
+    try:
+        VersionTags.model_validate(dict(tags))
+    except ValidationError as error:
+        return [str(each["loc"][0]) for each in error.errors()]
+    return []

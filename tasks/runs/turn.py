@@ -44,10 +44,16 @@ _SETTLED = timedelta(seconds=20)
 """A run that was reported as crashed may be alive, and has contradicted the report by then."""
 
 _POLL_SECONDS = 5.0
+_AUTO = ({"auto", "mnist"}, {"auto", "digits"})
 _SUBJECT = ("dataset", "store")
 """Parameters in which two runs agree that must not go at the same time."""
-_SAME_WORK = {"dataset", "store", "quiet_minutes"}
-"""Parameters that a schedule leaves out and an event fills in, with the same meaning."""
+_SAME_WORK = {"dataset", "store", "quiet_minutes", "time_limit_minutes"}
+"""Parameters that a schedule leaves out and an event fills in; none makes it other work."""
+
+_NEWER = (
+    "a newer run for the same data set, with the same parameters, is due: it takes in all that "
+    "this one would have"
+)
 
 Turn = Literal["go", "wait", "overtaken"]
 
@@ -73,7 +79,7 @@ def judge_turn(run: Contender, others: Iterable[Contender], defaults: Mapping[st
         other
         for other in others
         if other.run.id != run.run.id
-        and _subject(other.run, defaults) == _subject(run.run, defaults)
+        and _same_subject(_subject(other.run, defaults), _subject(run.run, defaults))
     ]
     ahead = any(other.began and _rank(other) < _rank(run) for other in rivals)
     # A crashed run may not come back, so it overtakes nothing.
@@ -85,6 +91,26 @@ def judge_turn(run: Contender, others: Iterable[Contender], defaults: Mapping[st
     if newer and run.run.run_count <= 1 and (ahead or run.run.auto_scheduled):
         return "overtaken"
     return "wait" if ahead else "go"
+
+
+def find_overtaken(
+    run: Contender, others: Iterable[Contender], defaults: Mapping[str, object]
+) -> list[Contender]:
+    """Return the runs that a schedule made, that `run` overtakes, and that no worker has taken yet.
+
+    They end without a process of their own: after a weekend without a worker thousands are due.
+    """
+    return [
+        other
+        for other in others
+        if other.run.state
+        and other.run.state.is_scheduled()
+        and other.run.auto_scheduled
+        and not other.run.run_count
+        and _same_subject(_subject(other.run, defaults), _subject(run.run, defaults))
+        and _work(other.run) == _work(run.run)
+        and _due(other.run) < _due(run.run)
+    ]
 
 
 def in_turn(function: Callable[P, State[object]]) -> Callable[P, State[object]]:
@@ -117,13 +143,12 @@ def take_turn(defaults: dict[str, object]) -> str | None:
             others = _find_contenders(prefect, UUID(str(deployment)))
             run = _contender(prefect, prefect.read_flow_run(UUID(str(runtime.flow_run.id))))
             turn = judge_turn(run, others, defaults)
+            for older in find_overtaken(run, others, defaults):
+                prefect.set_flow_run_state(older.run.id, Completed(name=OVERTAKEN, message=_NEWER))
         if turn == "go":
             return None
         if turn == "overtaken":
-            return (
-                "a newer run for the same data set, with the same parameters, is due: it takes in "
-                "all that this one would have"
-            )
+            return _NEWER
         if not logged:
             get_run_logger().info("waits: another run for the same data set is going")
             logged = True
@@ -169,9 +194,16 @@ def _in_states(*types: StateType) -> FlowRunFilterState:
     return FlowRunFilterState(type=FlowRunFilterStateType(any_=list(types)))
 
 
-def _subject(run: FlowRun, defaults: Mapping[str, object]) -> list[object]:
+def _subject(run: FlowRun, defaults: Mapping[str, object]) -> tuple[str, str]:
+    """Return the data set and the store of a run."""
     given = {**defaults, **run.parameters}
-    return [given[name] for name in _SUBJECT]
+    return str(given["dataset"]), str(given["store"]).rstrip("/")
+
+
+def _same_subject(one: tuple[str, str], other: tuple[str, str]) -> bool:
+    """Return True if two runs may work on one data set; `auto` is any that it may become."""
+    datasets = {one[0], other[0]}
+    return one[1] == other[1] and (len(datasets) == 1 or datasets in _AUTO)
 
 
 def _work(run: FlowRun) -> dict[str, object]:

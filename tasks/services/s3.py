@@ -255,6 +255,12 @@ class Store:
                 f"no complete S3 credentials were found ({error}); set AWS_ACCESS_KEY_ID and "
                 "AWS_SECRET_ACCESS_KEY, a profile or an instance role where this run executes"
             ) from error
+        except s3.ParamValidationError as error:
+            cause = str(error).splitlines()[-1].strip()
+            raise StorageRefused(
+                f"no request can be made of {self.address} ({cause}); correct "
+                "the address of the store, s3://BUCKET or s3://BUCKET/PREFIX"
+            ) from error
         except s3.ClientError as error:
             code = error.response["Error"]["Code"]
             status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)

@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 
 from prefect import get_run_logger
 from prefect.client.orchestration import get_client
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 
 from mnist_cnn.record import Record
 from tasks import keys
@@ -139,5 +139,5 @@ def _is_due(check: Check | None, now: datetime) -> bool:
 def _read_checks(store: Store) -> Checks:
     try:
         return Checks.model_validate_json(store.get(keys.HISTORIES_VERIFIED))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValidationError):  # then all histories are verified now
         return Checks()

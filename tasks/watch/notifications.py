@@ -29,7 +29,8 @@ from prefect.blocks.abstract import NotificationBlock, NotificationError
 from prefect.blocks.core import Block
 from prefect.blocks.notifications import AbstractAppriseNotificationBlock
 from prefect.client.orchestration import get_client
-from pydantic import SecretStr
+from prefect.exceptions import PrefectHTTPStatusError
+from pydantic import SecretStr, ValidationError
 
 from mnist_cnn.record import Record
 from tasks import keys
@@ -250,7 +251,11 @@ class Outbox:
         for entry in self._entries.values():
             # No delivery is retried for longer than that, so older messages are not read.
             if entry.modified > since - KEPT:
-                delivery = Delivery.model_validate_json(self._store.get(entry.name))
+                try:
+                    delivery = Delivery.model_validate_json(self._store.get(entry.name))
+                except ValidationError as error:  # it must not hold up the messages after it
+                    self._logger.warning("%s is no message of ours: %s", entry.name, error)
+                    continue
                 if not delivery.taken:
                     # A dict keeps the order and drops duplicates.
                     everybody = dict.fromkeys([*delivery.owed, *self._recipients])
@@ -324,7 +329,10 @@ def notify_people(store: str) -> list[str]:
                 NAME,
             )
             return []
-        keep_rules(prefect, known_to_server(recipients))
+        try:
+            keep_rules(prefect, known_to_server(recipients))
+        except (PrefectHTTPStatusError, httpx.HTTPError) as error:  # the messages go out even so
+            get_run_logger().warning("the server's own alarms were not renewed: %s", error)
         last = read_last_look(s3)
         outbox = Outbox(recipients, s3, now)
         first = min(recipient.created for recipient in recipients)
@@ -337,10 +345,10 @@ def notify_people(store: str) -> list[str]:
 
 
 def read_last_look(store: Store) -> datetime | None:
-    """Return the time of the last pass; None if there was none."""
+    """Return the time of the last pass; None if there was none, or it cannot be read."""
     try:
         return LastLook.model_validate_json(store.get(keys.LAST_LOOK)).looked
-    except FileNotFoundError:
+    except (FileNotFoundError, ValidationError):
         return None
 
 

@@ -14,6 +14,7 @@ from prefect.client.schemas.objects import DeploymentSchedule
 from prefect.client.schemas.responses import DeploymentResponse
 
 from tasks import keys
+from tasks.datasets.catalog import KNOWN
 from tasks.runs.turn import TAG
 from tasks.services.s3 import Store
 from tasks.services.step import step
@@ -47,8 +48,8 @@ def _find_emptied(
             if (
                 schedule.slug
                 and not schedule.parameters
-                # Every data set of the store has a base; any other slug does not name one.
-                and _has_base(store, schedule.slug)
+                # Any other data set of the store has a base; any other slug does not name one.
+                and (schedule.slug in KNOWN or _has_base(store, schedule.slug))
             ):
                 yield deployment, schedule
 

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TypeVar
 from uuid import UUID
 
+from prefect import get_run_logger
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import (
     DeploymentFilter,
@@ -27,6 +28,7 @@ from prefect.client.schemas.objects import DeploymentSchedule, FlowRun, StateTyp
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.utilities.urls import url_for
+from pydantic import ValidationError
 
 from tasks import keys
 from tasks.records import BatchVerdict, RunSummary
@@ -155,7 +157,7 @@ def _read_runs(
 
 
 def _read_ended(prefect: SyncPrefectClient, since: datetime) -> list[FlowRun]:
-    """Return the runs that may be worth a message; runs of watch/always alone are 288 a day."""
+    """Return the runs that may be worth a message; runs of watch/always alone are 720 a day."""
     ended = FlowRunFilterEndTime(after_=since)
     faults = FlowRunFilterStateType(any_=[StateType.FAILED, StateType.CRASHED])
     news = FlowRunFilterState(
@@ -235,10 +237,12 @@ def _with_summary(run: EndedRun, store: object) -> EndedRun:
     """Add the summary of a run, if it wrote one."""
     try:
         written = Store(str(store)).get(keys.record(run.id, "summary"))
+        summary = RunSummary.model_validate_json(written)
     except (FileNotFoundError, StorageRefused, ValueError):
-        # It ended before it wrote one, or its store is invalid or gone: the state is enough.
+        # It ended before it wrote one, its store is invalid or gone, or another release wrote it:
+        # the state is enough.
         return run
-    return EndedRun(**{**vars(run), "summary": RunSummary.model_validate_json(written)})
+    return EndedRun(**{**vars(run), "summary": summary})
 
 
 def _read_refused(
@@ -255,7 +259,11 @@ def _read_refused(
         store = Store(subject.store)
         for entry in store.entries(keys.ledger(subject.dataset)):
             if entry.name.endswith(".json") and entry.modified >= since:
-                verdict = BatchVerdict.model_validate_json(store.get(entry.name))
+                try:
+                    verdict = BatchVerdict.model_validate_json(store.get(entry.name))
+                except ValidationError as error:
+                    get_run_logger().warning("%s is no verdict: %s", entry.name, error)
+                    continue
                 if not verdict.accepted and verdict.sequence > reported.get(subject.dataset, 0):
                     yield verdict
 

@@ -7,7 +7,7 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.states import Completed
 
 from tasks.runs.states import GIVEN_UP, began, since_end
-from tasks.runs.turn import Contender, in_turn, judge_turn
+from tasks.runs.turn import Contender, find_overtaken, in_turn, judge_turn
 
 NOW = datetime(2026, 11, 2, 3, tzinfo=UTC)
 DEFAULTS = {"dataset": "mnist", "store": "s3://a"}
@@ -62,6 +62,31 @@ def test_data_sets_do_not_wait_for_each_other() -> None:
     going = run_of(1, started=0, due=0)
     other = run_of(2, started=5, due=5, parameters={"dataset": "letters"})
     assert judge_turn(other, [going, other], DEFAULTS) == "go"
+
+
+def test_a_data_set_has_one_turn_however_it_is_named() -> None:
+    mnist = run_of(1, started=0, due=0, auto_scheduled=False)
+    for named in ({"dataset": "auto"}, {"store": "s3://a/"}):
+        other = run_of(2, started=5, due=5, parameters=named)
+        assert judge_turn(other, [mnist, other], DEFAULTS) == "wait"
+    digits = run_of(3, started=5, due=5, parameters={"dataset": "digits"})
+    assert judge_turn(digits, [mnist, digits], DEFAULTS) == "go"
+
+
+def test_a_limit_of_its_own_makes_no_other_work() -> None:
+    going = run_of(1, started=0, due=0, auto_scheduled=False)
+    waiting = run_of(2, started=5, due=5, parameters={"time_limit_minutes": 5})
+    newer = run_of(3, started=None, due=6)
+    assert judge_turn(waiting, [going, waiting, newer], DEFAULTS) == "overtaken"
+
+
+def test_a_run_ends_the_older_ones_that_no_worker_has_taken() -> None:
+    late = [run_of(n, started=None, due=n * 120) for n in range(1, 6)]
+    other = run_of(7, started=None, due=0, parameters={"dataset": "letters"})
+    typed = run_of(8, started=None, due=0, auto_scheduled=False)
+    taken = run_of(9, started=1, due=0)
+    found = find_overtaken(late[2], [*late, other, typed, taken], DEFAULTS)
+    assert [each.run.id.int for each in found] == [1, 2]
 
 
 def test_the_default_data_set_of_one_run_is_not_that_of_another() -> None:

@@ -24,7 +24,7 @@ def delivery() -> Delivery:
 
 
 def attempts(failure: Failure, *, days: float) -> list[tuple[timedelta, bool]]:
-    """Look every five minutes with one recipient that fails; return when, and if short, it was."""
+    """Look every five minutes, with one recipient that fails; return when, and if short, it was."""
     made = []
     each = Delivery(message=MESSAGE, sent=NOW, taken=[], owed=["sms"])
     for number in range(int(timedelta(days=days) / LOOK)):
