@@ -25,14 +25,15 @@ tour: $(STAMP) ## four weeks in a few minutes: good data, bad data, no data, a r
 	$(BIN)/python -m deployments.tour
 
 drop: $(STAMP) ## a batch arrives: make drop FILES="images-idx3-ubyte labels-idx1-ubyte" BATCH=name [DATASET=mnist]
-	$(BIN)/python -m deployments.drop --batch "$$BATCH" --dataset "$${DATASET:-mnist}" $(FILES)
+	$(BIN)/python -m deployments.drop --batch="$$BATCH" --dataset="$${DATASET:-mnist}" $(FILES)
 
 schedule: $(STAMP) ## a data set's own week: make schedule DATASET=name [CRON="0 3 * * 1"] [ZONE=Europe/Berlin] [REMOVE=1]
-	$(BIN)/python -m deployments.schedule --dataset "$$DATASET" --cron "$$CRON" --zone "$$ZONE" \
+	$(BIN)/python -m deployments.schedule --dataset="$$DATASET" --cron="$$CRON" --zone="$$ZONE" \
 		$(call if-yes,REMOVE,--remove)
 
-# The address goes by the environment alone: it is a secret, and a command line is for everybody to read.
-notify: $(STAMP) ## who is told: make notify URL=… adds an address, without URL it lists them
+# An address is a secret, and a command line is for everybody on the machine to read: this one as well, while it runs.
+# NOTIFY_URL of the environment is not seen, nor is the line that URL=- reads from standard input; a typed URL counts first.
+notify: $(STAMP) ## who is told: make notify URL=… (or NOTIFY_URL=… make notify) adds an address, without one it lists them
 	$(BIN)/python -m deployments.notify
 
 # Two processes, each with servers of its own; a third takes the cores from them and is no faster.
@@ -56,7 +57,7 @@ up down status: $(STAMP) ## the local stack: start, stop, look; RESET=1 undoes w
 # each with [MODEL=digits-cnn].
 approve reject rollback history: export PREFECT_API_URL ?= http://127.0.0.1:$(or $(STACK_PREFECT_PORT),4200)/api
 override MODEL := $(or $(MODEL),mnist-cnn)
-override WHO := $(or $(WHO),$(USER))
+override WHO := $(or $(WHO),$(USER),$(shell id -un))
 export MODEL REASON WHO
 
 # $(call promote,manual,model reason): a run of promote/manual with these texts as JSON. `--param reason=…` reads a text

@@ -7,13 +7,13 @@ from pathlib import Path
 import httpx
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.events import Event, Resource
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from deployments.stack import StackError
-from deployments.watch import connect_to_prefect
+from deployments.watch import connect_to_prefect, errors_as_sentences
 from tasks import keys
 from tasks.arrivals.batch_files import MARKER, BadBatch, check_names
-from tasks.services.s3 import Store, default_store
+from tasks.services.s3 import STORE_VARIABLE, Store, default_store
 from tasks.snapshot import Dataset
 
 
@@ -21,23 +21,46 @@ def main() -> int:
     """Run the command line; return 0 only if the batch is complete and its event was emitted."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", required=True, help="its name, which was never used before")
-    parser.add_argument("--dataset", default="mnist", type=TypeAdapter(Dataset).validate_python)
+    parser.add_argument("--dataset", default="mnist")
     parser.add_argument("files", nargs="+", type=Path, help="an IDX pair, or Parquet files")
     options = parser.parse_args()
     # A batch is one flat folder: of two files with one name the second would replace the first.
     if len({path.name for path in options.files}) < len(options.files):
         parser.error("two of the files have one name; expected names that differ")
+    return errors_as_sentences(lambda: _drop(options))
+
+
+def _drop(options: argparse.Namespace) -> int:
+    check_name(options.dataset)
     try:
         files = {path.name: path.read_bytes() for path in options.files}
         with connect_to_prefect() as prefect:
             address = drop(options.dataset, options.batch, files)
             announce(prefect, options.dataset, options.batch)
-    except (BadBatch, OSError, StackError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    except (BadBatch, OSError) as error:
+        raise StackError(str(error)) from error
     print(f"{address} holds {len(files)} files. A minute after the last arrival ingest/on-arrival")
     print("judges them: accepted, they begin train/weekly; refused, they lie in quarantine/.")
     return 0
+
+
+def check_name(dataset: str) -> None:
+    """Raise StackError unless the text can be the name of a data set."""
+    try:
+        TypeAdapter(Dataset).validate_python(dataset)
+    except ValidationError as error:
+        raise StackError(
+            f"{dataset!r} is no name of a data set; expected at most 63 small letters, digits and "
+            "hyphens, a hyphen not first, as in mnist"
+        ) from error
+
+
+def open_store() -> Store:
+    """Return the store of `RETRAINING_STORE`; raise StackError if that is no address of one."""
+    try:
+        return Store(default_store())
+    except ValueError as error:
+        raise StackError(f"{error}; correct {STORE_VARIABLE}") from error
 
 
 def drop(dataset: str, batch: str, files: dict[str, bytes]) -> str:
@@ -48,7 +71,7 @@ def drop(dataset: str, batch: str, files: dict[str, bytes]) -> str:
     """
     check_names({f"{batch}.parquet": 1})  # the rules for a file's name hold for the batch's as well
     check_names({name: len(content) for name, content in files.items()})
-    store = Store(default_store())
+    store = open_store()
     folder = keys.incoming(dataset, batch)
     if store.names(folder):
         raise BadBatch(f"{store.address_of(folder)} holds files already: choose another name")

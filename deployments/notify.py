@@ -8,6 +8,12 @@
     make notify URL=…                                               any other address of Apprise
     make notify                                                     list who is told
 
+A command line is for every user of the machine to read. An address that must not stand there goes
+by the environment, or by a line of standard input:
+
+    read -rs NOTIFY_URL && export NOTIFY_URL && make notify; unset NOTIFY_URL
+    make notify URL=- <file                                         also asks for it in a terminal
+
 A test message is sent at once; only if it arrives is the address saved. Each address becomes a
 block `retraining-KIND-…`; a block that a person makes in the UI is used likewise if its name is
 `retraining` or begins with `retraining-`. (A block "Custom Webhook" of the UI gets every message
@@ -19,8 +25,8 @@ links as `link_prefect_run` and so on.
 """
 
 import argparse
+import getpass
 import hashlib
-import logging
 import os
 import re
 import sys
@@ -28,13 +34,14 @@ from datetime import UTC, datetime
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 from uuid import uuid4
 
+import httpx
 from prefect.blocks.abstract import NotificationBlock
 from prefect.blocks.notifications import DiscordWebhook, MicrosoftTeamsWebhook, SlackWebhook
 from prefect.client.orchestration import SyncPrefectClient
 from pydantic import SecretStr
 
 from deployments.stack import StackError
-from deployments.watch import connect_to_prefect
+from deployments.watch import connect_to_prefect, errors_as_sentences
 from tasks.watch.alarms import keep_rules
 from tasks.watch.messages import Message
 from tasks.watch.notifications import (
@@ -44,11 +51,13 @@ from tasks.watch.notifications import (
     describe_kinds,
     find_recipients,
     known_to_server,
+    silence_libraries,
 )
 from tasks.watch.notifications import send as send_to
 
 _EXPECTED = {
     "hooks.slack.com": "https://hooks.slack.com/services/T…/B…/…",
+    "hooks.slack-gov.com": "https://hooks.slack-gov.com/services/T…/B…/…",
     "discord.com": "https://discord.com/api/webhooks/ID/TOKEN",
     "discordapp.com": "https://discordapp.com/api/webhooks/ID/TOKEN",
 }
@@ -58,26 +67,56 @@ _PATIENCE = 12
 """Seconds that Apprise waits for a webhook's response; its own default is 4."""
 
 
-class BadAddress(ValueError):
+class BadAddress(StackError):
     """The address cannot receive messages; the message does not quote it, as it may be a secret."""
 
 
 def main() -> int:
-    """Save the address of the variable URL, or list the recipients; return 1 if that failed.
-
-    The address is passed in the environment: every user of the machine can read a command line.
-    """
+    """Save the address that was given, or list the recipients; return 0 only if that was done."""
     argparse.ArgumentParser(
-        prog="URL=… python -m deployments.notify", description=__doc__
+        prog="NOTIFY_URL=… python -m deployments.notify",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args()
-    address = os.environ.get("URL", "").strip()
+    return errors_as_sentences(_notify)
+
+
+def _notify() -> int:
+    address = read_address()
     try:
         with connect_to_prefect() as prefect:
             print(add(prefect, address) if address else describe(prefect))
-    except (BadAddress, StackError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    except httpx.HTTPError as error:
+        # Without its text, as the server's answer may quote what it was sent.
+        cause = type(error).__name__
+        if isinstance(error, httpx.HTTPStatusError):
+            cause = str(error.response.status_code)
+        raise StackError(
+            f"the Prefect server did not do it ({cause}); `make notify` lists what is saved: try "
+            "again, or look into the server's log"
+        ) from None
     return 0
+
+
+def read_address() -> str:
+    """Return the address of the variables URL, else NOTIFY_URL; empty if neither is set.
+
+    For `-` a line is read from standard input, unseen where that is a terminal. Raises BadAddress
+    if there is none.
+    """
+    address = os.environ.get("URL", "").strip() or os.environ.get("NOTIFY_URL", "").strip()
+    if address != "-":
+        return address
+    try:
+        line = getpass.getpass("Address: ") if sys.stdin.isatty() else sys.stdin.readline()
+    except EOFError:
+        line = ""
+    if not line.strip():
+        raise BadAddress(
+            "standard input holds no address; expected one in its first line, as in "
+            "`make notify URL=- <file`"
+        )
+    return line.strip()
 
 
 def add(prefect: SyncPrefectClient, address: str) -> str:
@@ -131,10 +170,13 @@ def block_for(address: str) -> tuple[str, NotificationBlock]:
 
     Raises BadAddress.
     """
+    silence_libraries()  # Apprise logs an address that it cannot parse, token included
     parts = _split(address)
     host = parts.hostname or ""
     if parts.scheme in {"http", "https"}:
-        if re.fullmatch(r"hooks\.slack-gov\.com", host):
+        # Prefect's block knows these addresses, Apprise does not.
+        government = r"https?://hooks\.slack-gov\.com/services(/[a-z0-9]+){3}/?"
+        if re.fullmatch(government, address, re.IGNORECASE):
             return "slack", SlackWebhook(url=SecretStr(address))
         service = _service(address)
         if service is None and host in _EXPECTED:
@@ -176,6 +218,15 @@ def _native(service: str, address: str, parts: SplitResult) -> tuple[str, Notifi
     if service == "Discord":
         # The path is /api/webhooks/ID/TOKEN.
         identifier, token = parts.path.strip("/").split("/")[2:4]
+        # `wait` asks for an answer, which nobody reads; Apprise has its own name for a thread.
+        query = [
+            ("thread" if name == "thread_id" else name, value)
+            for name, value in parse_qsl(parts.query)
+            if name != "wait"
+        ]
+        if query:  # which the block cannot hold
+            apprise = f"discord://{identifier}/{token}/?{apprise_query(query)}"
+            return "discord", SlackWebhook(url=SecretStr(apprise))
         discord = DiscordWebhook(webhook_id=SecretStr(identifier), webhook_token=SecretStr(token))
         return "discord", discord
     if service.startswith("Power Automate"):
@@ -205,9 +256,6 @@ def _service(address: str) -> str | None:
     """Return Apprise's name of the service of an address; None if Apprise rejects the address."""
     from apprise import Apprise
 
-    # Apprise logs an address that it cannot parse, token included, so its log is silenced.
-    logging.getLogger("apprise").addHandler(logging.NullHandler())
-    logging.getLogger("apprise").propagate = False
     found = Apprise.instantiate(address)
     if found is None:
         return None

@@ -7,7 +7,7 @@ schedules are listed, with the time at which each is due next.
 import argparse
 import asyncio
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, date, datetime, time, timedelta
 from functools import partial
 from typing import Any
@@ -17,8 +17,9 @@ import yaml
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.server.schemas.schedules import CronSchedule
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
+from deployments.drop import check_name, open_store
 from deployments.due import dataset_of, table, wait_for_runs
 from deployments.services import PROJECT, StackError
 from deployments.watch import connect_to_prefect, errors_as_sentences
@@ -26,11 +27,13 @@ from tasks import keys
 from tasks.datasets.base import missing_archives
 from tasks.datasets.catalog import AUTO, KNOWN
 from tasks.datasets.ledger import read_base
-from tasks.services.s3 import Store, default_store
-from tasks.snapshot import Dataset
 
 TRAINING = "train/weekly"
 _YEARS_AHEAD = timedelta(days=2 * 366)
+_NOWHERE = {"localtime", "Factory"}
+"""Time zones that are another thing on each machine, or none."""
+_PIECE = timedelta(hours=12)
+"""Time whose runs Prefect lists completely: it looks at 1,000 dates, one a minute at most."""
 
 
 def main() -> int:
@@ -52,8 +55,9 @@ def _schedule(options: argparse.Namespace) -> int:
             remove_schedule(prefect, options.dataset)
         elif options.dataset:
             # Checked before anything is changed on the server.
-            rule = read_rule(options.cron, options.zone)
             check_dataset(options.dataset)
+            present = present_rule(prefect, options.dataset)
+            rule = read_rule(options.cron, options.zone, present)
             set_schedule(prefect, options.dataset, rule)
             for warning in clock_change_warnings(rule):
                 print(warning)
@@ -61,17 +65,27 @@ def _schedule(options: argparse.Namespace) -> int:
     return 0
 
 
-def read_rule(cron: str | None, zone: str | None) -> CronSchedule:
+def read_rule(
+    cron: str | None, zone: str | None, present: Mapping[str, Any] | None = None
+) -> CronSchedule:
     """Return the rule of a cron expression and a time zone.
 
-    A missing expression or zone is taken from the weekly schedule of deployments/prefect.yaml.
-    Raises StackError if the expression is malformed, the zone is unknown, or the rule has no date
-    in the coming years.
+    A missing expression or zone is taken from the `present` rule of the data set; without one, from
+    the weekly schedule of deployments/prefect.yaml. Raises StackError if the expression is
+    malformed, the zone is unknown, or the rule has no date in the coming years.
     """
     default = _default_rule()
-    cron = cron or default["cron"]
-    zone = zone or default["timezone"]
-    if zone not in available_timezones():
+    present = present or {}
+    if present and not cron and "cron" not in present:
+        raise StackError(
+            "the present schedule is not a cron expression, of which the times could be taken; "
+            "expected CRON as well, as in '0 3 * * 1'"
+        )
+    # Days of the month and the week that both have to match, as the UI can say.
+    day_or = bool(cron or present.get("day_or", True))
+    cron = cron or present.get("cron", default["cron"])
+    zone = zone or present.get("timezone") or default["timezone"]
+    if zone not in available_timezones() - _NOWHERE:
         raise StackError(f"there is no time zone {zone!r}; expected one as in Europe/Berlin")
     malformed = StackError(
         f"{cron!r} is no cron expression; expected exactly five fields, minute, hour, day, month "
@@ -82,7 +96,7 @@ def read_rule(cron: str | None, zone: str | None) -> CronSchedule:
     if len(cron.split()) != (1 if cron.startswith("@") else 5):
         raise malformed
     try:
-        rule = CronSchedule(cron=cron, timezone=zone)
+        rule = CronSchedule(cron=cron, timezone=zone, day_or=day_or)
     except ValidationError as error:
         raise malformed from error
     if not _ever_comes(rule):
@@ -92,16 +106,16 @@ def read_rule(cron: str | None, zone: str | None) -> CronSchedule:
 
 def check_dataset(dataset: str) -> None:
     """Raise StackError unless the data set exists: downloaded, or with its base in the store."""
-    try:
-        TypeAdapter(Dataset).validate_python(dataset)
-    except ValidationError as error:
+    check_name(dataset)
+    if dataset == AUTO:
         raise StackError(
-            f"{dataset!r} is no name of a data set; expected small letters, digits and hyphens"
-        ) from error
-    if dataset == AUTO or dataset in KNOWN:  # the first run downloads it
+            f"{AUTO} stands for mnist or digits, which would get a second week; expected the name "
+            "of one of them: mnist or digits"
+        )
+    if dataset in KNOWN:  # the first run downloads it
         return
     try:
-        store = Store(default_store())
+        store = open_store()
         missing = missing_archives(dataset, store)
         if missing and read_base(store, dataset) is None:
             raise StackError(
@@ -110,6 +124,12 @@ def check_dataset(dataset: str) -> None:
             )
     except OSError as error:  # StorageUnreachable and StorageRefused
         raise StackError(str(error)) from error
+
+
+def present_rule(prefect: SyncPrefectClient, dataset: str) -> dict[str, Any] | None:
+    """Return the rule of the schedule that trains the data set; None if there is none."""
+    found = _found(_training(prefect), dataset)
+    return dict(found["schedule"]) if found else None
 
 
 def set_schedule(prefect: SyncPrefectClient, dataset: str, rule: CronSchedule) -> None:
@@ -154,7 +174,7 @@ def remove_schedule(prefect: SyncPrefectClient, dataset: str) -> None:
 
 def clock_change_warnings(rule: CronSchedule) -> list[str]:
     """Return a sentence for each coming clock change that drops or doubles a run of the rule."""
-    wall = CronSchedule(cron=rule.cron, timezone="UTC")  # as if the clocks never changed
+    wall = rule.model_copy(update={"timezone": "UTC"})  # as if the clocks never changed
     warnings = []
     for day in _clock_changes(rule.timezone or "UTC"):
         usual = _count(wall, day)
@@ -185,10 +205,15 @@ def _bounds(day: date, zone: str | None) -> tuple[datetime, datetime]:
 
 def _count(rule: CronSchedule, day: date) -> int:
     """Return the number of runs of a rule on a day of its time zone."""
-    begin, end = _bounds(day, rule.timezone)
-    # A cron rule makes at most one run a minute. `get_dates` includes the end itself, which belongs
-    # to the next day.
-    return sum(each < end for each in _dates(rule, begin, end, 24 * 60))
+    # In UTC, where every hour has 60 minutes.
+    begin, end = (bound.astimezone(UTC) for bound in _bounds(day, rule.timezone))
+    runs = set[datetime]()
+    while begin < end:
+        piece = _dates(rule, begin, min(begin + _PIECE, end), _PIECE // timedelta(minutes=1) + 1)
+        runs |= {each.astimezone(UTC) for each in piece}
+        begin += _PIECE
+    # `get_dates` includes the end itself, which belongs to the next day.
+    return len(runs - {end})
 
 
 def _dates(rule: CronSchedule, start: datetime, end: datetime, number: int) -> list[datetime]:

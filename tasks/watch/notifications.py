@@ -129,10 +129,7 @@ def send(
     Each has a thread of its own, which is abandoned if it does not end in time: no recipient can
     block the caller for longer than `limit` seconds.
     """
-    # These libraries log addresses, so their records reach no handler of the process.
-    for name in _QUOTING:
-        logging.getLogger(name).propagate = False
-        logging.getLogger(name).addHandler(logging.NullHandler())
+    silence_libraries()
     # Apprise reports the kind of a failure only in its log, so that is read, see `_keep_debug`.
     logging.getLogger("apprise").setLevel(logging.DEBUG)
     logging.getLogger("apprise").addFilter(_keep_debug)
@@ -148,6 +145,19 @@ def send(
         thread.join(max(0.0, end - time.monotonic()))
     late = Failure("late", f"it did not answer within {limit:.0f} s")
     return {name: results.get(name, late) for name in threads}
+
+
+def silence_libraries() -> None:
+    """Keep records of the libraries that quote addresses from every handler of the process.
+
+    To be called before an address becomes a block: Apprise logs one that it cannot parse.
+    """
+    for name in _QUOTING:
+        logger = logging.getLogger(name)
+        logger.propagate = False
+        # Without any handler Python would write warnings to stderr.
+        if not any(isinstance(handler, logging.NullHandler) for handler in logger.handlers):
+            logger.addHandler(logging.NullHandler())
 
 
 def _keep_debug(record: logging.LogRecord) -> bool:
@@ -369,13 +379,19 @@ def known_to_server(recipients: Iterable[Recipient]) -> list[UUID]:
 
 def describe_kinds(recipients: Iterable[Recipient]) -> Mapping[str, str]:
     """Return the kind of each recipient by its name, without its address."""
+    silence_libraries()
     return {recipient.name: _kind(recipient) for recipient in recipients}
 
 
 def _kind(recipient: Recipient) -> str:
     from apprise import Apprise
 
-    url = getattr(recipient.load(), "url", None)
+    try:
+        url = getattr(recipient.load(), "url", None)
+    except httpx.HTTPError:  # of the Prefect server
+        raise
+    except Exception as error:  # noqa: BLE001 - of any kind, and its text may quote the address
+        return f"{recipient.kind}, which cannot be loaded ({type(error).__name__}); save it again"
     if isinstance(url, SecretStr) and (service := Apprise.instantiate(url.get_secret_value())):
         return str(service.service_name)
     return recipient.kind

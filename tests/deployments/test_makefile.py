@@ -19,14 +19,14 @@ OTHERS = dict.fromkeys(NAMES.split(), "9")
 
 @pytest.fixture
 def bin_folder(tmp_path: Path) -> Path:
-    """Return a folder whose programs write their arguments and URL to a file, as JSON."""
+    """Return a folder whose programs write their arguments and the address to a file, as JSON."""
     told = (
         f"#!{sys.executable}\n"
         "import json, os, sys\n"
         "if sys.argv[1:2] == ['-c']:\n"
         "    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])\n"
         f"with open({str(tmp_path / 'told')!r}, 'w') as file:\n"
-        "    json.dump([*sys.argv[1:], os.environ.get('URL', '')], file)\n"
+        "    json.dump([*sys.argv[1:], os.environ.get('URL') or os.environ['NOTIFY_URL']], file)\n"
     )
     for name in ("python", "prefect"):
         (tmp_path / name).write_text(told)
@@ -37,13 +37,13 @@ def bin_folder(tmp_path: Path) -> Path:
 def make(
     bin_folder: Path, *typed: str, **inherited: str
 ) -> tuple[list[str], subprocess.CompletedProcess[str]]:
-    """Return what the command of a target was given, last the variable URL."""
+    """Return what the command of a target was given, last the address of URL or NOTIFY_URL."""
     # `make test` hands on what was typed behind it.
     variables = {name: value for name, value in os.environ.items() if "MAKE" not in name}
     done = subprocess.run(
         ["make", "--silent", "-o.venv/installed", f"BIN={bin_folder}", *typed],
         cwd=PROJECT,
-        env=variables | {"USER": "anna", "URL": ""} | inherited,
+        env=variables | {"USER": "anna", "URL": "", "NOTIFY_URL": ""} | inherited,
         capture_output=True,
         text=True,
         check=False,
@@ -92,9 +92,9 @@ def test_what_the_shell_holds_for_other_purposes_chooses_nothing(bin_folder: Pat
     assert given(bin_folder, "run", **OTHERS) == ["-m", "deployments.demo", ""]
     assert given(bin_folder, "faults", **OTHERS) == ["-m", "tests.faults.table", ""]
     schedule = given(bin_folder, "schedule", **OTHERS)
-    assert schedule[2:] == ["--dataset", "", "--cron", "", "--zone", "", ""]
+    assert schedule[2:] == ["--dataset=", "--cron=", "--zone=", ""]
     drop = given(bin_folder, "drop", **OTHERS)
-    assert drop[2:] == ["--batch", "", "--dataset", "mnist", ""]
+    assert drop[2:] == ["--batch=", "--dataset=mnist", ""]
     approve = given(bin_folder, "approve", **OTHERS, WHO="eve")
     assert json.loads(approve[approve.index("--params") + 1]) == {
         "model": "mnist-cnn",
@@ -132,14 +132,27 @@ def test_a_text_reaches_prefect_as_it_was_typed(bin_folder: Path) -> None:
 def test_a_value_reaches_the_command_as_it_was_typed(
     bin_folder: Path, target: str, name: str, option: str
 ) -> None:
-    words = given(bin_folder, target, f"{name}={ODD}")
-    assert words[words.index(option) + 1] == ODD
+    for text in (ODD, "-x"):
+        assert f"{option}={text}" in given(bin_folder, target, f"{name}={text}")
     assert not (PROJECT / "MADE").exists()
 
 
 def test_an_address_with_a_dollar_goes_by_the_environment_alone(bin_folder: Path) -> None:
     words = given(bin_folder, "notify", "URL=https://host/$a?b=$(c)&d='e'", URL="https://other")
     assert words == ["-m", "deployments.notify", "https://host/$a?b=$(c)&d='e'"]
+
+
+def test_an_address_of_the_environment_reaches_the_command_as_it_is(bin_folder: Path) -> None:
+    address = "https://host/$a?b=$(c)&d='e'"
+    assert given(bin_folder, "notify", NOTIFY_URL=address)[-1] == address
+    assert given(bin_folder, "notify", "URL=-", NOTIFY_URL=address)[-1] == "-"
+
+
+@pytest.mark.parametrize("target", ["approve", "reject", "rollback"])
+def test_somebody_judges_where_no_user_is_set(bin_folder: Path, target: str) -> None:
+    words = given(bin_folder, target, USER="")
+    somebody = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True)
+    assert json.loads(words[words.index("--params") + 1])["who"] == somebody.stdout.strip()
 
 
 def test_words_are_the_shells(bin_folder: Path) -> None:

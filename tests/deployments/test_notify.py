@@ -1,19 +1,30 @@
 """An address becomes a block if a test message arrives there; it is shown nowhere."""
 
+import io
+import logging
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Never
+from uuid import uuid4
 
+import httpx
 import pytest
+from apprise.plugins.discord import NotifyDiscord
+from prefect.blocks.abstract import NotificationBlock
 from prefect.blocks.notifications import DiscordWebhook, SlackWebhook
 from prefect.client.orchestration import get_client
 from pydantic import SecretStr
 
-from deployments.notify import BadAddress, block_for, mask
+from deployments.notify import BadAddress, block_for, main, mask, read_address
 from deployments.stack import PROJECT, Stack
+from tasks.watch.notifications import Recipient, describe_kinds
 from tests.inbox import TOKEN, Inbox, open_inbox
 
 BIN = Path(sys.executable).parent
@@ -56,11 +67,109 @@ def test_the_parts_of_a_discord_address_reach_its_block() -> None:
     assert block.webhook_token == SecretStr("JHMHI8qBe7bk2ZwO")
 
 
+def test_a_thread_of_a_discord_address_is_kept() -> None:
+    kind, block = block_for("https://discord.com/api/webhooks/417421/JHMHI8qBe7bk2ZwO?thread_id=77")
+    assert kind == "discord"
+    assert isinstance(block, SlackWebhook)
+    assert block._apprise_client is not None
+    (server,) = block._apprise_client
+    assert isinstance(server, NotifyDiscord)
+    assert (server.webhook_id, server.webhook_token) == ("417421", "JHMHI8qBe7bk2ZwO")
+    assert server.thread_id == "77"
+
+
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> io.StringIO:
+    """Return all that Apprise logs, as in a process that has not silenced it yet."""
+    logger = logging.getLogger("apprise")
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(logger, "handlers", [])
+    return caplog.handler.stream
+
+
+def test_a_malformed_address_is_not_logged(heard: io.StringIO) -> None:
+    for host in ("hooks.slack.com", "hooks.slack-gov.com", "discord.com"):
+        with pytest.raises(BadAddress, match=f"expected https://{host}"):
+            block_for(f"https://{host}/services/{TOKEN}")
+    assert heard.getvalue() == ""
+
+
+def test_a_malformed_address_that_was_saved_is_not_logged(heard: io.StringIO) -> None:
+    def slack() -> NotificationBlock:
+        return SlackWebhook(url=SecretStr(f"https://hooks.slack.com/services/{TOKEN}"))
+
+    def discord() -> NotificationBlock:  # Apprise's error quotes the id
+        return DiscordWebhook(webhook_id=SecretStr(" "), webhook_token=SecretStr(TOKEN))
+
+    kinds = describe_kinds(
+        Recipient(load.__name__, uuid4(), load.__name__, datetime.now(UTC), load)
+        for load in (slack, discord)
+    )
+    assert kinds["slack"] == "slack"
+    assert kinds["discord"] == "discord, which cannot be loaded (TypeError); save it again"
+    assert heard.getvalue() == ""
+
+
+def test_an_address_is_taken_from_where_no_other_user_reads_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("URL", raising=False)
+    monkeypatch.delenv("NOTIFY_URL", raising=False)
+    assert read_address() == ""
+    monkeypatch.setenv("NOTIFY_URL", f"{SLACK}\n")
+    monkeypatch.setenv("URL", "")  # as make sets it where none is typed
+    assert read_address() == SLACK
+    monkeypatch.setenv("URL", TEAMS)
+    assert read_address() == TEAMS
+    monkeypatch.setenv("URL", "-")
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{TEAMS}\nanother line\n"))
+    assert read_address() == TEAMS
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    with pytest.raises(BadAddress, match="standard input holds no address; expected one"):
+        read_address()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (httpx.ReadError(TOKEN), 1, r"did not do it \(ReadError\); `make notify` lists"),
+        (
+            httpx.HTTPStatusError(
+                TOKEN, request=httpx.Request("GET", "http://a"), response=httpx.Response(422)
+            ),
+            1,
+            r"did not do it \(422\)",
+        ),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_a_server_that_goes_away_and_ctrl_c_have_no_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    code: int,
+    sentence: str,
+) -> None:
+    def fail(_prefect: object) -> Never:
+        raise error
+
+    for name in ("URL", "NOTIFY_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("sys.argv", ["notify"])
+    monkeypatch.setattr("deployments.notify.connect_to_prefect", nullcontext)
+    monkeypatch.setattr("deployments.notify.describe", fail)
+    assert main() == code
+    shown = capsys.readouterr()
+    assert re.search(sentence, shown.err)
+    assert TOKEN not in shown.out + shown.err
+
+
 @pytest.mark.parametrize(
     "address",
     [
         TOKEN,
         f"https://hooks.slack.com/{TOKEN}",
+        f"https://hooks.slack-gov.com/services/{TOKEN}",
         f"https://discord.com/api/{TOKEN}",
         f"https://example.org:port/{TOKEN}",
         f"https://[::1/{TOKEN}",

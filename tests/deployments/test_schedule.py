@@ -16,6 +16,7 @@ from deployments.due import Due, Unscheduled, read_due, wait_for_runs
 from deployments.schedule import (
     check_dataset,
     clock_change_warnings,
+    present_rule,
     read_rule,
     remove_schedule,
     set_schedule,
@@ -82,7 +83,16 @@ def test_a_date_that_never_comes_is_refused() -> None:
         read_rule("0 3 31 2 *", None)
 
 
-@pytest.mark.parametrize("zone", ["Europe/Berlim", "Berlin", "+01:00", "../etc/passwd"])
+def test_a_day_of_many_runs_is_counted_whole() -> None:
+    spring = clock_change_warnings(read_rule("* * * * *", "Europe/Berlin"))
+    assert len(spring) == 2  # in autumn the doubled hour has the runs of one
+    assert "1380 instead of 1440 runs" in spring[0]
+
+
+NOWHERE = ["Europe/Berlim", "Berlin", "+01:00", "../etc/passwd", "localtime", "Factory"]
+
+
+@pytest.mark.parametrize("zone", NOWHERE)
 def test_an_unknown_time_zone_is_refused(zone: str) -> None:
     with pytest.raises(StackError, match="there is no time zone"):
         read_rule(None, zone)
@@ -91,6 +101,38 @@ def test_an_unknown_time_zone_is_refused(zone: str) -> None:
 def test_without_a_rule_the_week_is_that_of_prefect_yaml() -> None:
     rule = read_rule(None, None)
     assert (rule.cron, rule.timezone) == ("0 3 * * 1", "Etc/UTC")
+
+
+def test_what_is_not_given_is_taken_from_the_schedule_that_exists() -> None:
+    present = {"cron": "0 4 * * 2", "timezone": "Europe/Berlin", "day_or": False}
+    for given, taken in [
+        (("0 5 * * 2", None), ("0 5 * * 2", "Europe/Berlin", True)),
+        ((None, "Asia/Tokyo"), ("0 4 * * 2", "Asia/Tokyo", False)),
+        ((None, None), ("0 4 * * 2", "Europe/Berlin", False)),
+    ]:
+        rule = read_rule(*given, present)
+        assert (rule.cron, rule.timezone, rule.day_or) == taken
+
+
+def test_a_zone_alone_does_not_make_an_interval_a_week() -> None:
+    present = {"interval": 3600.0, "timezone": "UTC"}
+    with pytest.raises(StackError, match="expected CRON as well"):
+        read_rule(None, "Europe/Berlin", present)
+    assert read_rule("0 4 * * 2", None, present).cron == "0 4 * * 2"
+
+
+def test_auto_gets_no_week_of_its_own() -> None:
+    with pytest.raises(StackError, match="expected the name of one of them: mnist"):
+        check_dataset("auto")
+
+
+@pytest.mark.parametrize("store", ["mybucket", "s3://my bucket"])
+def test_a_store_that_is_no_address_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, store: str
+) -> None:
+    monkeypatch.setenv("RETRAINING_STORE", store)
+    with pytest.raises(StackError, match="s3://BUCKET or s3://BUCKET/PREFIX"):
+        check_dataset("own")
 
 
 def test_a_date_beyond_the_servers_horizon_is_not_missed() -> None:
@@ -143,7 +185,7 @@ def test_a_data_set_that_does_not_exist_is_refused_with_what_is_missing(stack: S
         check_dataset("nowhere")
     with pytest.raises(StackError, match="'No where' is no name of a data set"):
         check_dataset("No where")
-    for known in ("mnist", "digits", "auto"):
+    for known in ("mnist", "digits"):
         check_dataset(known)
 
 
@@ -153,7 +195,8 @@ def test_a_data_set_gets_its_own_week_which_is_replaced_and_removed(
     begin("week-of-its-own", sample_parts())
     check_dataset("week-of-its-own")
     set_schedule(prefect, "week-of-its-own", read_rule("0 4 * * 2", "Europe/Berlin"))
-    set_schedule(prefect, "week-of-its-own", read_rule("0 5 * * 2", "Europe/Berlin"))
+    present = present_rule(prefect, "week-of-its-own")
+    set_schedule(prefect, "week-of-its-own", read_rule("0 5 * * 2", None, present))
     with prefect_api(stack) as ask:
         (due,) = (due for due in wait_for_runs(ask) if due.dataset == "week-of-its-own")
         assert due.deployment == "train/weekly"

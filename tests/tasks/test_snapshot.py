@@ -1,5 +1,7 @@
 import logging
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,41 @@ def test_a_mirror_address_of_another_kind_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("MNIST_MIRROR", "/data/mnist")
     with pytest.raises(ValueError, match="MNIST_MIRROR is '/data/mnist'; expected an http://"):
         fetch_mnist()
+
+
+@pytest.mark.parametrize("user", ["bob:S3CRET", "bob:S3/CRET", "S3CRET"])
+def test_a_password_of_a_mirror_is_shown_nowhere(
+    monkeypatch: pytest.MonkeyPatch, user: str
+) -> None:
+    monkeypatch.setenv("MNIST_MIRROR", f"http://{user}@127.0.0.1:1/mnist")
+    with pytest.raises(
+        MirrorUnreachable, match=r"\(http://127\.0\.0\.1:1/mnist/: .*refused"
+    ) as gone:
+        fetch_mnist()
+    for scheme in ("ftp://", ""):
+        monkeypatch.setenv("MNIST_MIRROR", f"{scheme}{user}@example.org/mnist")
+        with pytest.raises(ValueError, match=f"is '{scheme}example.org/mnist'; expected") as odd:
+            fetch_mnist()
+        assert "CRET" not in f"{gone.value} {odd.value}"
+
+
+def test_a_mirror_gets_its_user_and_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    got = list[str | None]()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            got.append(self.headers["Authorization"])
+            self.send_error(404)
+
+        def log_message(self, *_: object) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MNIST_MIRROR", f"http://bob:a%2Fb@127.0.0.1:{server.server_port}/")
+        with pytest.raises(MirrorUnreachable, match="404"):
+            fetch_mnist()
+        server.shutdown()
+    assert got == ["Basic Ym9iOmEvYg=="]  # bob:a/b
 
 
 def test_auto_without_mnist_takes_the_sample_and_says_so_loudly(

@@ -29,6 +29,7 @@ def attempt(address: str) -> Failure | None:
     return send([recipient], MESSAGE)["webhook"]
 
 
+@pytest.mark.slow
 def test_a_webhook_that_takes_the_message_and_answers_late_has_taken_it(inbox: Inbox) -> None:
     """Within Apprise's patience with a webhook, 12 s: it would get the message again and again."""
     begin = time.monotonic()
@@ -37,6 +38,7 @@ def test_a_webhook_that_takes_the_message_and_answers_late_has_taken_it(inbox: I
     assert inbox.subjects() == ["Failed: a"]
 
 
+@pytest.mark.slow
 def test_a_webhook_that_never_answers_is_late_by_apprises_patience(inbox: Inbox) -> None:
     assert attempt(inbox.address("hang")) == Failure("late", "it did not answer")
 
