@@ -11,6 +11,8 @@ from mnist_cnn.digits import Digits
 
 _IDX_UBYTE = 0x08
 _MAX_IDX_BYTES = 1 << 31
+_MOST_DIMENSIONS = 64
+"""Maximum number of dimensions that NumPy's arrays may have."""
 _MAGIC = 4
 """Bytes before the sizes: two zeros, the type of the values, the number of dimensions."""
 _MAX_IDX_HEADER = _MAGIC + 4 * 255
@@ -32,6 +34,10 @@ def parse_idx(content: bytes, name: str, limit: int = _MAX_IDX_BYTES) -> NDArray
             "number of dimensions: it is not an IDX file of unsigned bytes"
         )
     dimensions = head[3]
+    if dimensions > _MOST_DIMENSIONS:
+        raise ValueError(
+            f"{name} promises {dimensions} dimensions; expected 1 for labels or 3 for images"
+        )
     header = _MAGIC + 4 * dimensions
     if len(head) < header:
         raise ValueError(f"{name} ends inside its header: {len(head)} of {header} bytes")

@@ -54,6 +54,12 @@ PARSER_SECONDS = 300
 PARSER_WAIT = 900
 """Maximum wait for the child process, in seconds; other work may keep it from the processor."""
 
+_CRASHES = {"SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV", "SIGXCPU"}
+"""Signals by which a process ends for what it read; any other comes from elsewhere."""
+
+_SECRET = re.compile(r"^(AWS|MLFLOW|PREFECT)_|(KEY|PASSWORD|SECRET|TOKEN)$", re.IGNORECASE)
+"""Names of environment variables that the child process does not get."""
+
 MARKER = "_SUCCESS"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _IDX_NAME = re.compile(r"(.*)(images[.-]idx3|labels[.-]idx1)-ubyte(\.gz)?")
@@ -64,6 +70,10 @@ class BadBatch(ValueError):
 
     The message names the file, the observed and the expected value; rows count from 0.
     """
+
+
+class ParserInterrupted(ConnectionError):
+    """Something outside ended the child process; nothing is known of the batch. Worth a retry."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,8 +147,8 @@ def parse_batch(files: Mapping[str, bytes]) -> RawBatch:
     """Return images and labels of a batch, in the order of its file names.
 
     `files` maps names, relative to the batch's folder, to contents. They are parsed in a child
-    process. Raises BadBatch for any content that cannot be parsed, or not within the limits, and
-    RuntimeError if the child process does not work at all.
+    process. Raises BadBatch for any content that cannot be parsed, or not within the limits,
+    ParserInterrupted if something else ended the process, and RuntimeError if it does not work.
     """
     check_names({name: len(content) for name, content in files.items()})
     sizes = {name: len(content) for name, content in files.items() if name != MARKER}
@@ -156,7 +166,7 @@ def parse_batch(files: Mapping[str, bytes]) -> RawBatch:
 
 
 def _run_parser(sent: IO[bytes], parsed: IO[bytes]) -> None:
-    """Run the parser; BadBatch if a limit, or a crash over these files, ends it."""
+    """Run the parser; BadBatch if its limit, or a crash over these files, ends it."""
     expected = (
         f"expected files that take at most {PARSER_BYTES >> 20} MiB and {PARSER_SECONDS} seconds "
         "to parse: write them again, or send them as several batches"
@@ -164,7 +174,8 @@ def _run_parser(sent: IO[bytes], parsed: IO[bytes]) -> None:
     # A new interpreter, not a fork, which may hang where this process has threads.
     command = [sys.executable, "-m", "tasks.arrivals.parser"]
     # No credentials, and no threads or pools that reserve address space for each processor.
-    environment = {
+    environment = {name: value for name, value in os.environ.items() if not _SECRET.search(name)}
+    environment |= {
         "PYTHONPATH": os.pathsep.join(sys.path),
         "ARROW_DEFAULT_MEMORY_POOL": "system",
         "OPENBLAS_NUM_THREADS": "1",
@@ -180,11 +191,17 @@ def _run_parser(sent: IO[bytes], parsed: IO[bytes]) -> None:
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise BadBatch(
-            f"the batch is not parsed after {PARSER_WAIT} seconds; {expected}"
+        raise ParserInterrupted(
+            f"the batch is not parsed after {PARSER_WAIT} seconds, of which its process had less "
+            f"than {PARSER_SECONDS} of a processor: the machine is too busy, try later"
         ) from error
     if ended.returncode < 0:
         name = signal.Signals(-ended.returncode).name
+        if name not in _CRASHES:
+            raise ParserInterrupted(
+                f"the process that parsed the batch was ended by {name}, which it did not cause: "
+                "by a person, or because the machine has no memory left; try later"
+            )
         raise BadBatch(f"the batch ended the process that parsed it by {name}; {expected}")
     if ended.returncode:
         raise RuntimeError(f"the parser does not work: {ended.stderr.decode()[-2000:]}")

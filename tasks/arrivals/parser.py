@@ -57,6 +57,12 @@ def main(memory: int, seconds: int) -> None:
             f"the batch takes more than {memory >> 20} MiB of memory to parse; expected less: "
             "write it again, or send it as several batches\n".encode()
         )
+    except Exception as error:  # noqa: BLE001 - whatever the libraries raise, the files are at fault
+        reason = _printable(f"{type(error).__name__}: {error}")
+        result.write(
+            f"the files cannot be read ({reason}); expected plain IDX or Parquet files: write them "
+            "again\n".encode()
+        )
     else:
         result.write(b"\n")
         np.save(result, batch.images, allow_pickle=False)
@@ -66,6 +72,7 @@ def main(memory: int, seconds: int) -> None:
 def _limit(kind: int, most: int) -> None:
     """Limit a resource of this process, where it is not limited further already."""
     hard = resource.getrlimit(kind)[1]
+    # The soft limit alone, so that the signal is SIGXCPU, which no other process sends.
     resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
@@ -246,6 +253,8 @@ def _check_columns(name: str, schema: Any) -> None:
             f"{name} has images of type {_printable(image)}; expected struct<bytes: binary, "
             "path: string> with a PNG in bytes"
         )
+    if "image.bytes" in schema.names:  # Arrow would take it for the field `bytes` of `image`
+        raise BadBatch(f"{name} has a column 'image.bytes' beside 'image'; leave it away")
     if not pa.types.is_integer(label):
         raise BadBatch(f"{name} has labels of type {_printable(label)}; expected integers, 0 to 9")
 

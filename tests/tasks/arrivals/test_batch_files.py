@@ -2,6 +2,8 @@ import gzip
 import io
 import random
 import struct
+import subprocess
+import sys
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +25,7 @@ from tasks.arrivals.batch_files import (
     MAX_IMAGES,
     MAX_NAME,
     BadBatch,
+    ParserInterrupted,
     RawBatch,
     check_names,
     parse_batch,
@@ -531,7 +534,56 @@ def test_a_batch_that_takes_too_long_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_parser_that_waits_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tasks.arrivals.batch_files.PARSER_WAIT", 0.01)
-    refused(idx_pair(), "the batch is not parsed after 0.01 seconds", "send them as several")
+    with pytest.raises(ParserInterrupted, match=r"not parsed after 0\.01 seconds.*try later"):
+        parse_batch(idx_pair())
+
+
+@pytest.mark.parametrize("sent", ["SIGKILL", "SIGTERM"])
+def test_what_ends_the_parser_from_outside_is_no_verdict(
+    monkeypatch: pytest.MonkeyPatch, sent: str
+) -> None:
+    kill = [sys.executable, "-c", f"import os, signal; os.kill(os.getpid(), signal.{sent})"]
+    run = subprocess.run
+    monkeypatch.setattr(
+        "tasks.arrivals.batch_files.subprocess.run", lambda _, **given: run(kill, **given)
+    )
+    with pytest.raises(ParserInterrupted, match=f"was ended by {sent}, which it did not cause"):
+        parse_batch(idx_pair())
+
+
+def test_the_parser_gets_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("HUB_TOKEN", "secret")
+    monkeypatch.setenv("MNIST_STACK", "/a/stack")
+    given: dict[str, str] = {}
+    run = subprocess.run
+
+    def note(command: list[str], **options: Any) -> subprocess.CompletedProcess[bytes]:
+        given.update(options["env"])
+        return run(command, **options)
+
+    monkeypatch.setattr("tasks.arrivals.batch_files.subprocess.run", note)
+    parse_batch(idx_pair())
+    assert given["MNIST_STACK"] == "/a/stack"
+    assert "secret" not in given.values()
+
+
+def test_an_error_of_a_library_over_the_files_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = (
+        "import sys, tasks.arrivals.parser as p; p.parse = lambda _: {}['x']; p.main(1 << 31, 9)"
+    )
+    run = subprocess.run
+    monkeypatch.setattr(
+        "tasks.arrivals.batch_files.subprocess.run",
+        lambda _, **given: run([sys.executable, "-c", lines], **given),
+    )
+    refused(idx_pair(), "the files cannot be read (KeyError: 'x'); expected plain IDX or Parquet")
+
+
+def test_a_column_called_like_a_field_is_refused() -> None:
+    image = pa.array([{"bytes": png(), "path": None}], HF)
+    table = pa.table({"image": image, "label": [5], "image.bytes": [b"x"]})
+    refused({"a.parquet": written(table)}, "has a column 'image.bytes' beside 'image'")
 
 
 def test_a_page_that_promises_billions_of_values_is_not_unpacked() -> None:
