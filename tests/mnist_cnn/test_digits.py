@@ -92,3 +92,9 @@ def test_the_digest_tells_images_labels_and_order_apart() -> None:
     relabelled = Digits(IMAGES, digits.labels[::-1])
     assert digits.digest() == same.digest()
     assert len({digits.digest(), reordered.digest(), relabelled.digest()}) == 3
+
+
+def test_more_dimensions_than_an_array_may_have_are_refused_by_name() -> None:
+    content = bytes([0, 0, 8, 200]) + b"\0\0\0\1" * 200 + b"\5"
+    with pytest.raises(ValueError, match="train-images promises 200 dimensions; expected 1 for"):
+        parse_idx(content, "train-images")

@@ -523,13 +523,19 @@ def test_a_batch_that_takes_too_much_memory_is_refused(monkeypatch: pytest.Monke
     refused(bomb(4), sentence)
 
 
-@pytest.mark.slow
+def in_the_parser(monkeypatch: pytest.MonkeyPatch, parse: str) -> None:
+    """Let the parser's process parse by that expression, and have one second of a processor."""
+    lines = f"import tasks.arrivals.parser as p; p.parse = lambda _: {parse}; p.main(1 << 31, 1)"
+    run = subprocess.run
+    monkeypatch.setattr(
+        "tasks.arrivals.batch_files.subprocess.run",
+        lambda _, **given: run([sys.executable, "-c", lines], **given),
+    )
+
+
 def test_a_batch_that_takes_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.arrivals.batch_files.PARSER_SECONDS", 1)
-    pixels = gzip.compress(write_idx(np.zeros((MAX_IMAGES, 28, 28), np.uint8)), 1)
-    labels = write_idx(np.zeros(MAX_IMAGES, np.uint8))
-    many = {f"{IMAGES}.gz": pixels, LABELS: labels}
-    refused(many, "ended the process that parsed it by SIGXCPU", "and 1 seconds to parse: write")
+    in_the_parser(monkeypatch, "exec('while True: pass')")
+    refused(idx_pair(), "ended the process that parsed it by SIGXCPU", "300 seconds to parse")
 
 
 def test_a_parser_that_waits_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -569,14 +575,7 @@ def test_the_parser_gets_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_an_error_of_a_library_over_the_files_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = (
-        "import sys, tasks.arrivals.parser as p; p.parse = lambda _: {}['x']; p.main(1 << 31, 9)"
-    )
-    run = subprocess.run
-    monkeypatch.setattr(
-        "tasks.arrivals.batch_files.subprocess.run",
-        lambda _, **given: run([sys.executable, "-c", lines], **given),
-    )
+    in_the_parser(monkeypatch, "{}['x']")
     refused(idx_pair(), "the files cannot be read (KeyError: 'x'); expected plain IDX or Parquet")
 
 
