@@ -14,6 +14,7 @@ _UNFINISHED = {"SCHEDULED", "PENDING", "RUNNING", "CANCELLING", "CRASHED"}
 _GIVEN_UP = "Given up"
 _REFUSED = "Refused"
 """State of a form whose wish must not be done: the answer to a person, and no fault."""
+_A_YEAR = 52
 _MOST_GROWTH = 0.15
 """Of a server's memory from the second quarter of the year to the last."""
 _OVERGROWN = 1.2
@@ -224,11 +225,11 @@ def _memory_flat(record: Record) -> Promise:
 
 
 def _faults_planted(record: Record) -> Promise:
-    """As many faults as were asked for did strike: two a week, less those that met no run."""
+    """Enough faults did strike: a hundred in a whole year, one a week in a part of one."""
     kinds = Counter(fault.name.split(" in ")[0] for fault in record.faults)
     found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-    enough = len(record.faults) >= record.weeks
-    return Promise(f"{len(record.faults)} faults planted", enough, found)
+    enough = 100 if record.weeks >= _A_YEAR else record.weeks
+    return Promise(f"{len(record.faults)} faults planted", len(record.faults) >= enough, found)
 
 
 def _machinery(record: Record) -> Promise:
