@@ -13,6 +13,7 @@ from prefect.utilities.urls import url_for
 
 from deployments.stack import PROJECT, Stack, start
 from deployments.watch import (
+    WATCHING_ENDS,
     connect_to_prefect,
     errors_as_sentences,
     print_verdict,
@@ -33,7 +34,9 @@ def main() -> int:
     parser.add_argument("--start", action="store_true", help="start the local stack first")
     parser.add_argument("--param", action="append", default=[], help="NAME=VALUE, for the flow")
     options = parser.parse_args()
-    return errors_as_sentences(lambda: _retrain(options.param, start_stack=options.start))
+    return errors_as_sentences(
+        lambda: _retrain(options.param, start_stack=options.start), WATCHING_ENDS
+    )
 
 
 def _retrain(params: list[str], *, start_stack: bool) -> int:

@@ -17,7 +17,14 @@ from prefect.utilities.urls import url_for
 from deployments.columns import columns
 from deployments.drop import drop
 from deployments.stack import PROJECT, Stack, start
-from deployments.watch import connect_to_prefect, errors_as_sentences, print_verdict, trigger, watch
+from deployments.watch import (
+    WATCHING_ENDS,
+    connect_to_prefect,
+    errors_as_sentences,
+    print_verdict,
+    trigger,
+    watch,
+)
 from mnist_cnn.digits import Digits
 from mnist_cnn.idx import write_idx
 from mnist_cnn.promotion import PromotionPolicy
@@ -86,7 +93,7 @@ class Row:
 
 def main() -> int:
     """Run the tour; return 0 only if every run ended as in `ENDS`."""
-    return errors_as_sentences(_tour)
+    return errors_as_sentences(_tour, WATCHING_ENDS)
 
 
 def _tour() -> int:

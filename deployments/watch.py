@@ -20,11 +20,13 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from deployments.stack import PROJECT, Stack, StackError, environment
 from tasks.services.addresses import without_credentials
 
+WATCHING_ENDS = "Stopped watching; the run goes on. `make down` stops everything."
 
-def errors_as_sentences(work: Callable[[], int]) -> int:
+
+def errors_as_sentences(work: Callable[[], int], stopped: str = "Stopped.") -> int:
     """Return the exit code of `work`; print a StackError as a sentence and return 1.
 
-    Ctrl-C returns 130; a run that is being watched goes on.
+    Ctrl-C prints `stopped` and returns 130.
     """
     try:
         return work()
@@ -32,7 +34,7 @@ def errors_as_sentences(work: Callable[[], int]) -> int:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nStopped watching; the run goes on. `make down` stops everything.")
+        print(f"\n{stopped}")
         return 130
 
 
