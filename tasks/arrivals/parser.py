@@ -33,6 +33,7 @@ from tasks.arrivals.png_images import MAX_PNG_BYTES, Size, decode
 _MAX_FOOTER_BYTES = 2 << 20  # 1.5 kB a row group of 1,000 images makes 0.75 MB for 500,000
 _MAX_ITEMS = 10_000  # of a list in the footer: row groups, or columns of one
 _ROWS = 4096  # images decoded at a time: 3.2 MB
+_GRACE = 5  # seconds of a processor from SIGXCPU, at the soft limit, to SIGKILL, at the hard one
 
 
 def main(memory: int, seconds: int) -> None:
@@ -41,7 +42,8 @@ def main(memory: int, seconds: int) -> None:
     The input is the files' sizes by name, as a line of JSON, and their contents. The output is the
     reason as a line, which is empty if there is none, and then the arrays as NumPy saves them.
     """
-    _limit(resource.RLIMIT_CPU, seconds)
+    # SIGKILL would read as if the machine had ended this process, and not these files.
+    _limit(resource.RLIMIT_CPU, seconds, _GRACE)
     _limit(resource.RLIMIT_CORE, 0)
     # macOS has no limit on a process's memory: there the checks of declared sizes stand alone.
     if sys.platform != "darwin":
@@ -69,11 +71,14 @@ def main(memory: int, seconds: int) -> None:
         np.save(result, batch.labels, allow_pickle=False)
 
 
-def _limit(kind: int, most: int) -> None:
-    """Limit a resource of this process, where it is not limited further already."""
+def _limit(kind: int, most: int, grace: int = 0) -> None:
+    """Limit a resource of this process, where it is not limited further already.
+
+    The hard limit is above the soft one by `grace`, also where it was lower before.
+    """
     hard = resource.getrlimit(kind)[1]
-    # The soft limit alone, so that the signal is SIGXCPU, which no other process sends.
-    resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+    hard = most + grace if hard == resource.RLIM_INFINITY else min(most + grace, hard)
+    resource.setrlimit(kind, (max(hard - grace, min(hard, 1)), hard))
 
 
 def parse(files: Mapping[str, bytes]) -> RawBatch:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -160,7 +161,11 @@ def test_a_run_goes_through_the_worker_with_the_stacks_variables(up: Stack, tmp_
 
 def test_everything_listens_on_the_loopback_only(up: Stack) -> None:
     found = processes.find(up.root)
-    listening = [c.laddr for p in found for c in p.net_connections() if c.status == "LISTEN"]
+    listening = []
+    for process in found:
+        with suppress(psutil.NoSuchProcess):  # a flow run's may end meanwhile
+            open_sockets = process.net_connections()
+            listening += [each.laddr for each in open_sockets if each.status == "LISTEN"]
     assert {ip for ip, _ in listening} == {"127.0.0.1"}
     assert {port for _, port in listening} >= set(vars(up.ports).values())
 

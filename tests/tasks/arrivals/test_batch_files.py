@@ -523,9 +523,9 @@ def test_a_batch_that_takes_too_much_memory_is_refused(monkeypatch: pytest.Monke
     refused(bomb(4), sentence)
 
 
-def in_the_parser(monkeypatch: pytest.MonkeyPatch, parse: str) -> None:
+def in_the_parser(monkeypatch: pytest.MonkeyPatch, parse: str, main: str = "1 << 31, 1") -> None:
     """Let the parser's process parse by that expression, and have one second of a processor."""
-    lines = f"import tasks.arrivals.parser as p; p.parse = lambda _: {parse}; p.main(1 << 31, 1)"
+    lines = f"import tasks.arrivals.parser as p; p.parse = lambda _: {parse}; p.main({main})"
     run = subprocess.run
     monkeypatch.setattr(
         "tasks.arrivals.batch_files.subprocess.run",
@@ -536,6 +536,15 @@ def in_the_parser(monkeypatch: pytest.MonkeyPatch, parse: str) -> None:
 def test_a_batch_that_takes_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     in_the_parser(monkeypatch, "exec('while True: pass')")
     refused(idx_pair(), "ended the process that parsed it by SIGXCPU", "300 seconds to parse")
+
+
+def test_a_limit_on_time_from_outside_ends_the_parser_by_the_same_signal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At its hard limit the kernel sends SIGKILL, which would be no verdict on the batch."""
+    outside = "p.resource.setrlimit(p.resource.RLIMIT_CPU, (3, 3)) or 1 << 31, 300"
+    in_the_parser(monkeypatch, "exec('while True: pass')", outside)
+    refused(idx_pair(), "ended the process that parsed it by SIGXCPU")
 
 
 def test_a_parser_that_waits_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -558,9 +567,12 @@ def test_what_ends_the_parser_from_outside_is_no_verdict(
 
 
 def test_the_parser_gets_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setenv("HUB_TOKEN", "secret")
+    for name in ("AWS_PROFILE", "MLFLOW_TRACKING_USERNAME", "PREFECT_API_AUTH_STRING"):
+        monkeypatch.setenv(name, "secret")
+    for name in ("HUB_TOKEN", "DATABASE_PASSWORD", "CLIENT_SECRET", "API_KEY"):
+        monkeypatch.setenv(name, "secret")
     monkeypatch.setenv("MNIST_STACK", "/a/stack")
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/a/library")
     given: dict[str, str] = {}
     run = subprocess.run
 
@@ -571,6 +583,7 @@ def test_the_parser_gets_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("tasks.arrivals.batch_files.subprocess.run", note)
     parse_batch(idx_pair())
     assert given["MNIST_STACK"] == "/a/stack"
+    assert given["LD_LIBRARY_PATH"] == "/a/library"
     assert "secret" not in given.values()
 
 
