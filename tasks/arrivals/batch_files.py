@@ -57,7 +57,9 @@ PARSER_WAIT = 900
 _CRASHES = {"SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV", "SIGXCPU"}
 """Signals by which a process ends for what it read; any other comes from elsewhere."""
 
-_SECRET = re.compile(r"^(AWS|MLFLOW|PREFECT)_|(KEY|PASSWORD|SECRET|TOKEN|URL|PROXY)$", re.IGNORECASE)
+_SECRET = re.compile(
+    r"^(AWS|MLFLOW|PREFECT)_|(KEY|PASSWORD|SECRET|TOKEN|URL|PROXY)$", re.IGNORECASE
+)
 """Names of environment variables that the child process does not get."""
 
 MARKER = "_SUCCESS"
