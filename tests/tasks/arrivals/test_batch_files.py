@@ -34,6 +34,7 @@ from tasks.arrivals.batch_files import (
 from tests.tasks.arrivals.forked import parsers
 
 Files = dict[str, bytes]
+RUN = subprocess.run
 
 DIGITS = embedded_sample()[0].part(0, 20)
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
@@ -124,6 +125,16 @@ def refused(files: Files, *parts: str) -> None:
 # What is read
 
 
+@pytest.mark.parametrize("form", ["idx", "parquet"])
+def test_a_batch_is_read_by_a_process_that_starts_as_in_earnest(
+    monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    monkeypatch.setattr("tasks.arrivals.batch_files.subprocess.run", RUN)
+    batch = parse_batch(idx_pair() if form == "idx" else {"a.parquet": write_parquet(DIGITS)})
+    assert (batch.images == DIGITS.images).all()
+    assert (batch.labels == DIGITS.labels).all()
+
+
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
 def test_an_idx_pair_is_read_packed_or_not(pack: Callable[[bytes], bytes]) -> None:
     suffix = "" if pack is bytes else ".gz"
@@ -133,16 +144,20 @@ def test_an_idx_pair_is_read_packed_or_not(pack: Callable[[bytes], bytes]) -> No
     assert batch.labels.dtype == np.int64
 
 
-@pytest.fixture
-def many(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let hundreds of parsers start fast."""
+@pytest.fixture(scope="module")
+def forked() -> Iterator[Any]:
     with parsers() as run:
-        monkeypatch.setattr("tasks.arrivals.batch_files.subprocess.run", run)
-        yield
+        yield run
+
+
+@pytest.fixture(autouse=True)
+def _fast(monkeypatch: pytest.MonkeyPatch, forked: Any) -> None:
+    """Let the parser's processes start fast; `RUN` in its place starts them as in earnest."""
+    monkeypatch.setattr("tasks.arrivals.batch_files.subprocess.run", forked)
 
 
 @pytest.mark.slow
-def test_a_hundred_honest_batches_are_read_as_they_were_written(many: None) -> None:
+def test_a_hundred_honest_batches_are_read_as_they_were_written() -> None:
     digits, draw = embedded_sample()[0], np.random.default_rng(6)
     for _ in range(100):
         rows = draw.choice(len(digits), draw.integers(1, 30))
@@ -526,10 +541,9 @@ def test_a_batch_that_takes_too_much_memory_is_refused(monkeypatch: pytest.Monke
 def in_the_parser(monkeypatch: pytest.MonkeyPatch, parse: str, main: str = "1 << 31, 1") -> None:
     """Let the parser's process parse by that expression, and have one second of a processor."""
     lines = f"import tasks.arrivals.parser as p; p.parse = lambda _: {parse}; p.main({main})"
-    run = subprocess.run
     monkeypatch.setattr(
         "tasks.arrivals.batch_files.subprocess.run",
-        lambda _, **given: run([sys.executable, "-c", lines], **given),
+        lambda _, **given: RUN([sys.executable, "-c", lines], **given),
     )
 
 
@@ -549,6 +563,7 @@ def test_a_limit_on_time_from_outside_ends_the_parser_by_the_same_signal(
 
 def test_a_parser_that_waits_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tasks.arrivals.batch_files.PARSER_WAIT", 0.01)
+    monkeypatch.setattr("tasks.arrivals.batch_files.subprocess.run", RUN)
     with pytest.raises(ParserInterrupted, match=r"not parsed after 0\.01 seconds.*try later"):
         parse_batch(idx_pair())
 
@@ -558,9 +573,8 @@ def test_what_ends_the_parser_from_outside_is_no_verdict(
     monkeypatch: pytest.MonkeyPatch, sent: str
 ) -> None:
     kill = [sys.executable, "-c", f"import os, signal; os.kill(os.getpid(), signal.{sent})"]
-    run = subprocess.run
     monkeypatch.setattr(
-        "tasks.arrivals.batch_files.subprocess.run", lambda _, **given: run(kill, **given)
+        "tasks.arrivals.batch_files.subprocess.run", lambda _, **given: RUN(kill, **given)
     )
     with pytest.raises(ParserInterrupted, match=f"was ended by {sent}, which it did not cause"):
         parse_batch(idx_pair())
@@ -574,11 +588,10 @@ def test_the_parser_gets_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("MNIST_STACK", "/a/stack")
     monkeypatch.setenv("LD_LIBRARY_PATH", "/a/library")
     given: dict[str, str] = {}
-    run = subprocess.run
 
     def note(command: list[str], **options: Any) -> subprocess.CompletedProcess[bytes]:
         given.update(options["env"])
-        return run(command, **options)
+        return RUN(command, **options)
 
     monkeypatch.setattr("tasks.arrivals.batch_files.subprocess.run", note)
     parse_batch(idx_pair())
@@ -612,7 +625,7 @@ def test_a_page_that_promises_billions_of_values_is_not_unpacked() -> None:
 
 
 @pytest.mark.slow
-def test_size_statistics_that_end_arrows_process_are_never_asked_for(many: None) -> None:
+def test_size_statistics_that_end_arrows_process_are_never_asked_for() -> None:
     """Arrow 25 calls `terminate` if Python asks it for the metadata of such a column."""
     content = parquet([png()] * 3)["train.parquet"]
     footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
@@ -712,7 +725,7 @@ def test_an_image_of_many_bytes_is_refused_before_it_is_unpacked() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["idx", "idx.gz", "parquet", "png"])
-def test_five_hundred_damaged_files_end_in_a_sentence_or_a_batch(form: str, many: None) -> None:
+def test_five_hundred_damaged_files_end_in_a_sentence_or_a_batch(form: str) -> None:
     chance, part = random.Random(form), DIGITS.part(0, 4)  # noqa: S311 - repeatable on purpose
     images, labels = write_idx(part.images), write_idx(part.labels.astype(np.uint8))
     forms: dict[str, tuple[bytes, Callable[[bytes], Files]]] = {
