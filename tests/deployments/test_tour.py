@@ -50,6 +50,7 @@ def test_the_table_has_equal_columns() -> None:
     assert line.index("Promoted") == head.index("verdict")
 
 
+@pytest.mark.slow
 def test_what_arrives_in_the_second_week_is_good_and_in_the_third_bad(parts: Parts) -> None:
     held = image_table(parts.train.images, parts.train.labels)
     holdout = image_table(parts.test.images, parts.test.labels)[["digest", "near_digest"]]

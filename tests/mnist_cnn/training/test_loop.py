@@ -428,6 +428,7 @@ def test_a_spent_time_budget_ends_in_its_own_state_and_can_be_raised(
     assert _same(resumed, uninterrupted)
 
 
+@pytest.mark.slow
 def test_patience_ends_training_only_if_it_is_configured(
     digits: Digits, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -103,6 +103,7 @@ def test_the_state_is_what_a_step_depends_on() -> None:
     assert all(torch.equal(named[name], heirs[name]) for name in named)
 
 
+@pytest.mark.slow
 def test_a_step_does_not_import_torch_dynamo() -> None:
     program = (
         "import sys, torch; from mnist_cnn.training.optimizer import Optimizer;"

@@ -528,10 +528,12 @@ def test_a_parquet_bomb_is_not_unpacked() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_huge_value_is_refused_by_its_size() -> None:
     refused(bomb(1), "has an image of 67108864 bytes in rows 0 to 0", "PNGs of at most 16384")
 
 
+@pytest.mark.slow
 def test_a_batch_that_takes_too_much_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tasks.arrivals.batch_files.PARSER_BYTES", 384 * MIB)
     sentence = "takes more than 384 MiB of memory to parse; expected less: write it again"
@@ -552,6 +554,7 @@ def test_a_batch_that_takes_too_long_is_refused(monkeypatch: pytest.MonkeyPatch)
     refused(idx_pair(), "ended the process that parsed it by SIGXCPU", "300 seconds to parse")
 
 
+@pytest.mark.slow
 def test_a_limit_on_time_from_outside_ends_the_parser_by_the_same_signal(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -641,6 +644,7 @@ def test_size_statistics_that_end_arrows_process_are_never_asked_for() -> None:
                 assert len(batch) == 3
 
 
+@pytest.mark.slow
 def test_a_value_that_all_rows_share_is_no_bomb() -> None:
     """A megabyte, once in the file, that 300,000 rows refer to: 300 GB if it were written out."""
     shared = pa.DictionaryArray.from_arrays(
