@@ -198,7 +198,9 @@ def _run_parser(sent: IO[bytes], parsed: IO[bytes]) -> None:
             f"than {PARSER_SECONDS} of a processor: the machine is too busy, try later"
         ) from error
     if ended.returncode < 0:
-        name = signal.Signals(-ended.returncode).name
+        number = -ended.returncode
+        known = {each.value: each.name for each in signal.Signals}
+        name = known.get(number, f"signal {number}")  # those for real time have no name
         if name not in _CRASHES:
             raise ParserInterrupted(
                 f"the process that parsed the batch was ended by {name}, which it did not cause: "

@@ -6,6 +6,7 @@ drops the run of one data set while another's is going, and it keeps a whole que
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import wraps
@@ -25,6 +26,7 @@ from prefect.client.schemas.filters import (
     FlowRunFilterStateType,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed
 
 from tasks.runs.attempt import attempt
@@ -113,6 +115,13 @@ def find_overtaken(
     ]
 
 
+def end_overtaken(prefect: SyncPrefectClient, overtaken: Iterable[Contender]) -> None:
+    """End runs as Overtaken; one that was deleted meanwhile, as by an edited schedule, is left."""
+    for each in overtaken:
+        with suppress(ObjectNotFound):
+            prefect.set_flow_run_state(each.run.id, Completed(name=OVERTAKEN, message=_NEWER))
+
+
 def in_turn(function: Callable[P, State[object]]) -> Callable[P, State[object]]:
     """Make a flow wait for its turn before anything else; an overtaken run ends as Overtaken."""
     form = signature(function).parameters
@@ -143,8 +152,7 @@ def take_turn(defaults: dict[str, object]) -> str | None:
             others = _find_contenders(prefect, UUID(str(deployment)))
             run = _contender(prefect, prefect.read_flow_run(UUID(str(runtime.flow_run.id))))
             turn = judge_turn(run, others, defaults)
-            for older in find_overtaken(run, others, defaults):
-                prefect.set_flow_run_state(older.run.id, Completed(name=OVERTAKEN, message=_NEWER))
+            end_overtaken(prefect, find_overtaken(run, others, defaults))
         if turn == "go":
             return None
         if turn == "overtaken":

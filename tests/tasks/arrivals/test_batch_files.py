@@ -1,6 +1,7 @@
 import gzip
 import io
 import random
+import signal
 import struct
 import subprocess
 import sys
@@ -571,11 +572,12 @@ def test_a_parser_that_waits_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) 
         parse_batch(idx_pair())
 
 
-@pytest.mark.parametrize("sent", ["SIGKILL", "SIGTERM"])
+@pytest.mark.parametrize("sent", ["SIGKILL", "SIGTERM", "signal 40"])
 def test_what_ends_the_parser_from_outside_is_no_verdict(
     monkeypatch: pytest.MonkeyPatch, sent: str
 ) -> None:
-    kill = [sys.executable, "-c", f"import os, signal; os.kill(os.getpid(), signal.{sent})"]
+    number = int(sent[7:]) if " " in sent else signal.Signals[sent].value
+    kill = [sys.executable, "-c", f"import os, signal; os.kill(os.getpid(), {number})"]
     monkeypatch.setattr(
         "tasks.arrivals.batch_files.subprocess.run", lambda _, **given: RUN(kill, **given)
     )

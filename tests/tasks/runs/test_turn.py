@@ -1,13 +1,16 @@
 from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
+from typing import Any
 from uuid import UUID
 
 import pytest
 from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed
 
 from tasks.runs.states import GIVEN_UP, began, since_end
-from tasks.runs.turn import Contender, find_overtaken, in_turn, judge_turn
+from tasks.runs.turn import Contender, end_overtaken, find_overtaken, in_turn, judge_turn
 
 NOW = datetime(2026, 11, 2, 3, tzinfo=UTC)
 DEFAULTS = {"dataset": "mnist", "store": "s3://a"}
@@ -87,6 +90,19 @@ def test_a_run_ends_the_older_ones_that_no_worker_has_taken() -> None:
     taken = run_of(9, started=1, due=0)
     found = find_overtaken(late[2], [*late, other, typed, taken], DEFAULTS)
     assert [each.run.id.int for each in found] == [1, 2]
+
+
+def test_an_overtaken_run_that_was_deleted_meanwhile_keeps_no_other_from_its_end() -> None:
+    ended: list[tuple[int, str]] = []
+
+    def set_state(run: UUID, state: State[object]) -> None:
+        if run.int == 1:
+            raise ObjectNotFound(http_exc=Exception("deleted"))
+        ended.append((run.int, str(state.name)))
+
+    prefect: Any = SimpleNamespace(set_flow_run_state=set_state)
+    end_overtaken(prefect, [run_of(n, started=None, due=n) for n in (1, 2)])
+    assert ended == [(2, "Overtaken")]
 
 
 def test_the_default_data_set_of_one_run_is_not_that_of_another() -> None:
